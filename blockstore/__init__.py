@@ -1,0 +1,77 @@
+"""Fill large arrays in parallel, at memory speed, and lose nothing.
+
+A store is one memory-mapped file that is handed out in ranges. Each range is filled through a plain
+`numpy.ndarray` that is writable only inside ``with range.writer()``; a clean exit leaves a receipt, and a flush
+makes receipts durable.
+
+>>> import blockstore as bs
+>>> with bs.create(tmp_path / "data.bin", 1 << 20) as store:
+...     r = store.allocate(shape=(100, 50), dtype="f4")
+...     with r.writer() as a:
+...         a[:] = 1
+>>> r.receipt
+<WriteReceipt [0, 20480) 20000 bytes, durable>
+"""
+
+from blockstore.allocators import ConcurrentAllocator, SequentialAllocator
+from blockstore.errors import (
+    AlreadyWrittenError,
+    BlockStoreError,
+    ClosedStoreError,
+    DtypeError,
+    EscapedViewError,
+    EscapedViewWarning,
+    ForeignRangeError,
+    ForkedStoreError,
+    LayoutError,
+    LengthError,
+    NotRegularFileError,
+    NotWrittenError,
+    OutOfSpaceError,
+    PoisonedStoreError,
+    RangeStateError,
+    ReadOnlyStoreError,
+    RevokedReceiptError,
+    SpentRangeError,
+    StaleReferenceError,
+    StoreInUseError,
+    WriterBusyError,
+)
+from blockstore.ranges import ALIGNMENT, AllocatedRange, WriteReceipt, align_down, align_up
+from blockstore.store import BlockStore, create, open
+
+__all__ = [
+    "ALIGNMENT",
+    "AllocatedRange",
+    "AlreadyWrittenError",
+    "BlockStore",
+    "BlockStoreError",
+    "ClosedStoreError",
+    "ConcurrentAllocator",
+    "DtypeError",
+    "EscapedViewError",
+    "EscapedViewWarning",
+    "ForeignRangeError",
+    "ForkedStoreError",
+    "LayoutError",
+    "LengthError",
+    "NotRegularFileError",
+    "NotWrittenError",
+    "OutOfSpaceError",
+    "PoisonedStoreError",
+    "RangeStateError",
+    "ReadOnlyStoreError",
+    "RevokedReceiptError",
+    "SequentialAllocator",
+    "SpentRangeError",
+    "StaleReferenceError",
+    "StoreInUseError",
+    "WriteReceipt",
+    "WriterBusyError",
+    "align_down",
+    "align_up",
+    "create",
+    "open",
+]
+
+__version__ = "0.1.0"

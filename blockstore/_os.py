@@ -1,0 +1,302 @@
+"""The one seam to the operating system: reserve space, map, advise, write, sync, seal.
+
+Offsets and sizes are bytes from the start of the file. This module knows files and mappings and
+nothing of ranges, receipts or stores. What only Linux has is used where it is there and replaced by
+plain maps and ``fsync`` elsewhere; setting ``BLOCKSTORE_PORTABLE=1`` before the import switches it off
+everywhere, which is how the test suite runs the replacement.
+
+Why each call is the one it is:
+
+- Python's ``mmap.flush``, ``mmap.madvise`` and slice assignment hold the GIL; ``os.pwrite``,
+  ``os.fdatasync``, ``os.posix_fallocate`` and every `ctypes.CDLL` call release it.
+- ``MS_ASYNC`` does nothing on Linux (``msync(2)``); ``sync_file_range`` starts write-back and promises
+  nothing (``sync_file_range(2)``, Warning).
+- ``np.ndarray(buffer=mmap)`` holds no buffer export, so ``mmap.close()`` would leave arrays that crash;
+  each map therefore carries an export of its own that lives as long as the last array over it.
+"""
+
+import contextlib
+import ctypes
+import errno
+import io
+import mmap
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockstore.errors import LayoutError, NotRegularFileError
+
+PORTABLE = sys.platform != "linux" or os.environ.get("BLOCKSTORE_PORTABLE", "0") not in ("", "0")
+"""Whether to do without everything that only Linux has."""
+
+Map = np.memmap[tuple[int], np.dtype[np.uint8]]
+
+ADVICE = {"dense": 14, "sparse": 1}
+"""``madvise(2)`` values: ``MADV_HUGEPAGE`` for dense filling, ``MADV_RANDOM`` for sparse access."""
+
+_SYNC_FILE_RANGE_WRITE = 2
+_MAP_NORESERVE = 0x4000
+_MAP_FIXED = 0x10
+_FS_IOC_GETVERSION = 0x80087601
+_MAX_NBYTES = 1 << 62
+_BINARY = getattr(os, "O_BINARY", 0)
+
+if not PORTABLE:
+    _libc = ctypes.CDLL(None, use_errno=True)
+    _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    _libc.mmap.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int64,
+    )
+    _libc.mmap.restype = ctypes.c_void_p
+
+
+class File:
+    """An open file, closed when the last reference to it is gone.
+
+    There is no `close`: whoever is inside a system call holds a reference, so the descriptor can never be closed
+    under it and given to another file.
+    """
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def __del__(self, _close: Callable[[int], None] = os.close) -> None:
+        _close(self._fd)
+
+
+@contextlib.contextmanager
+def new_file(path: str, nbytes: int, *, overwrite: bool, reserve: bool) -> Iterator[File]:
+    """Create a file of `nbytes` zeros that appears under `path` whole, or not at all.
+
+    The file is made without a name, its space is reserved and synced, and when the body has left without an error it
+    is linked to `path`, which fails if another creator was faster. With `overwrite` it replaces an existing regular
+    file in one step. Raises `OSError` or `LayoutError` with nothing left behind.
+    """
+    if not 0 < nbytes <= _MAX_NBYTES:
+        raise LayoutError(f"a store takes 1 to 2**62 bytes, {nbytes} were asked for")
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.lstat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            raise _not_regular(path, mode)
+        if not overwrite:
+            raise _exists(path)
+    directory = os.path.dirname(path) or "."
+    with _nameless(directory) as (file, name):
+        if reserve:
+            _reserve(file, nbytes, path)
+        else:
+            os.ftruncate(file.fileno(), nbytes)
+        os.fsync(file.fileno())
+        yield file
+        _publish(file, name, path, directory, overwrite=overwrite)
+
+
+def open_file(path: str, *, writable: bool) -> File:
+    """Open an existing regular file that is not empty.
+
+    Opens without blocking, so that a FIFO is refused and not waited for.
+    """
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | _BINARY | getattr(os, "O_NONBLOCK", 0)
+    try:
+        file = File(os.open(path, flags))
+    except IsADirectoryError:
+        raise _not_regular(path, stat.S_IFDIR) from None
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise _not_regular(path, status.st_mode)
+    if status.st_size == 0:
+        raise LayoutError(f"{path!r} is empty: there is nothing to map")
+    return file
+
+
+def identity(file: File) -> tuple[int, ...]:
+    """Return what tells this file from every other on the machine: device, inode, generation and size.
+
+    The generation tells a file from a later one that got the same inode; where the file system keeps none it
+    is 0 (``FS_IOC_GETVERSION``, ``ioctl_iflags(2)``).
+    """
+    status = os.fstat(file.fileno())
+    generation = 0
+    if not PORTABLE:
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            answer = fcntl.ioctl(file.fileno(), _FS_IOC_GETVERSION, bytes(8))
+            generation = int.from_bytes(answer[:4], sys.byteorder)
+    return status.st_dev, status.st_ino, generation, status.st_size
+
+
+def map_file(file: File, *, writable: bool) -> Map:
+    """Map the whole file, shared. The map lives until the last array over it is gone."""
+    opened: Any = io.FileIO(file.fileno(), "r+" if writable else "r", closefd=False)
+    mapped: Map = np.memmap(opened, dtype=np.uint8, mode="r+" if writable else "r")
+    mapped._blockstore_pin = memoryview(mapped._mmap)  # type: ignore[attr-defined]
+    return mapped
+
+
+def advise(mapped: Map, access: str, start: int, stop: int) -> None:
+    """Tell the kernel how bytes ``[start, stop)`` will be used; only a hint, so never an error."""
+    if not PORTABLE:
+        start -= start % mmap.PAGESIZE
+        _libc.madvise(_address(mapped) + start, stop - start, ADVICE[access])
+
+
+def write_at(file: File, mapped: Map, data: NDArray[np.uint8], offset: int) -> None:
+    """Copy `data`, contiguous bytes, to `offset`, by ``pwrite`` where there is one."""
+    if PORTABLE:
+        mapped[offset : offset + data.nbytes] = data
+        return
+    left: Any = data
+    while left.nbytes:
+        done = os.pwrite(file.fileno(), left, offset)
+        left, offset = left[done:], offset + done
+
+
+def sync(file: File, mapped: Map) -> None:
+    """Return when the disk has every byte written so far, through the map or the file."""
+    if not PORTABLE:
+        os.fdatasync(file.fileno())
+        return
+    mapped.flush()
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(file.fileno())
+
+
+def start_writeback(file: File, start: int, stop: int) -> None:
+    """Start writing ``[start, stop)`` to the disk now, wait for nothing and promise nothing."""
+    if not PORTABLE:
+        _libc.sync_file_range(file.fileno(), start, stop - start, _SYNC_FILE_RANGE_WRITE)
+
+
+def seal(file: File, mapped: Map, start: int, stop: int) -> None:
+    """Replace the pages of ``[start, stop)`` by a private copy-on-write mapping of the same bytes.
+
+    Addresses stay valid: late reads see the file, late writes stay in this process and never reach it.
+    `start` is page-aligned. Raises `OSError` if the kernel has no mapping left (``vm.max_map_count``).
+    """
+    address = _address(mapped) + start
+    flags = mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
+    got = _libc.mmap(address, stop - start, mmap.PROT_READ | mmap.PROT_WRITE, flags, file.fileno(), start)
+    if got != address:
+        code = ctypes.get_errno()
+        raise OSError(code, f"cannot seal bytes [{start}, {stop}): {os.strerror(code)}")
+
+
+def _address(mapped: Map) -> int:
+    return int(mapped.__array_interface__["data"][0])
+
+
+def _reserve(file: File, nbytes: int, path: str) -> None:
+    """Give the file its size and its space, or raise `OSError` with ``ENOSPC`` before a byte is written."""
+    if hasattr(os, "fstatvfs"):
+        disk = os.fstatvfs(file.fileno())
+        if nbytes > (free := disk.f_bfree * disk.f_frsize):
+            raise OSError(errno.ENOSPC, f"cannot reserve {nbytes} bytes: the disk has {free} bytes left", path)
+    try:
+        if not PORTABLE:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+            return
+        zeros = memoryview(bytes(1 << 20))
+        left = nbytes
+        while left > 0:
+            left -= os.write(file.fileno(), zeros[:left])
+    except OSError as error:
+        raise OSError(error.errno, f"cannot reserve {nbytes} bytes: {error.strerror}", path) from None
+
+
+@contextlib.contextmanager
+def _nameless(directory: str) -> Iterator[tuple[File, str | None]]:
+    """Yield a new file, and its temporary name if it must have one; an error removes both."""
+    name, fd = None, -1
+    if not PORTABLE:
+        try:
+            fd = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                raise
+    if fd < 0:
+        name = _temporary(directory)
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        yield File(fd), name
+    except BaseException:
+        if name is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+        raise
+
+
+def _publish(file: File, name: str | None, path: str, directory: str, *, overwrite: bool) -> None:
+    """Give the new file its name: `link` never replaces, `replace` does so in one step."""
+    if overwrite:
+        temporary = name or _temporary(directory)
+        if name is None:
+            _link(file, None, temporary)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+    else:
+        try:
+            _link(file, name, path)
+        except FileExistsError:
+            raise _exists(path) from None
+        if name is not None and os.path.exists(name):
+            os.unlink(name)
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _link(file: File, name: str | None, path: str) -> None:
+    if name is None:  # linkat(2): the way to name an O_TMPFILE; src_dir_fd makes Python call linkat
+        handle = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.link(str(file.fileno()), path, src_dir_fd=handle, follow_symlinks=True)
+        finally:
+            os.close(handle)
+    elif sys.platform == "win32":
+        os.rename(name, path)  # refuses to replace on Windows
+    else:
+        os.link(name, path)
+
+
+def _temporary(directory: str) -> str:
+    return os.path.join(directory, f".blockstore-{secrets.token_hex(8)}.tmp")
+
+
+def _exists(path: str) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, "the file exists; open() it, or pass overwrite=True to replace it", path)
+
+
+def _not_regular(path: str, mode: int) -> NotRegularFileError:
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    what = kinds.get(stat.S_IFMT(mode), "a device")
+    code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    return NotRegularFileError(code, f"a store needs a regular file, this is {what}", path)

@@ -1,0 +1,209 @@
+"""Every error and warning blockstore raises, in one tree.
+
+Each error is also the built-in a caller would expect, carries its numbers as attributes, and says
+what was asked, what was there, and in which unit. Errors of the system itself (`FileExistsError`,
+`FileNotFoundError`, `PermissionError`, ...) are passed on as they are.
+
+::
+
+    BlockStoreError(Exception)
+    ├── OutOfSpaceError          OSError(ENOSPC)     no hole is large enough
+    ├── LengthError              ValueError          data does not fill the range exactly
+    ├── LayoutError              ValueError          this shape does not fit
+    ├── DtypeError               TypeError           this dtype cannot live in a file
+    ├── RangeStateError          ValueError          the range may not be used like this now
+    │   ├── SpentRangeError                          it was split, or is a mere reference
+    │   ├── AlreadyWrittenError                      it is written, and immutable
+    │   ├── NotWrittenError                          it has no receipt, so nothing to read
+    │   └── WriterBusyError                          another writer is inside
+    ├── EscapedViewError         BufferError         views of an earlier writer are alive
+    ├── ForeignRangeError        ValueError          the range or receipt is not this store's
+    ├── RevokedReceiptError      ValueError          a rewrite voided the receipt
+    ├── StoreInUseError          BlockingIOError     the file is open in another store
+    ├── StaleReferenceError      ValueError          the file of a pickled store was replaced
+    ├── ClosedStoreError         ValueError          the store is closed
+    ├── ForkedStoreError         RuntimeError        the store was inherited through a fork
+    ├── ReadOnlyStoreError       io.UnsupportedOperation   the store was opened with mode="r"
+    ├── NotRegularFileError      OSError             a directory, FIFO or device
+    └── PoisonedStoreError       OSError(EIO)        an earlier sync failed
+
+    EscapedViewWarning(UserWarning)
+
+Examples
+--------
+>>> from blockstore import SequentialAllocator
+>>> try:
+...     SequentialAllocator(4096).allocate(8192)
+... except OSError as error:
+...     print(error.strerror)
+cannot allocate 8192 bytes: 4096 bytes are free
+"""
+
+import errno
+import io
+
+__all__ = [
+    "AlreadyWrittenError",
+    "BlockStoreError",
+    "ClosedStoreError",
+    "DtypeError",
+    "EscapedViewError",
+    "EscapedViewWarning",
+    "ForeignRangeError",
+    "ForkedStoreError",
+    "LayoutError",
+    "LengthError",
+    "NotRegularFileError",
+    "NotWrittenError",
+    "OutOfSpaceError",
+    "PoisonedStoreError",
+    "RangeStateError",
+    "ReadOnlyStoreError",
+    "RevokedReceiptError",
+    "SpentRangeError",
+    "StaleReferenceError",
+    "StoreInUseError",
+    "WriterBusyError",
+]
+
+
+class BlockStoreError(Exception):
+    """Base of every error that blockstore itself raises."""
+
+
+class OutOfSpaceError(BlockStoreError, OSError):
+    """No hole is large enough; nothing was allocated. `errno` is ``ENOSPC``.
+
+    Attributes
+    ----------
+    requested : int
+        Bytes that were asked for.
+    free : int
+        Bytes that are free in total.
+    largest : int
+        Bytes of the largest contiguous hole.
+    """
+
+    def __init__(self, requested: int, free: int, largest: int) -> None:
+        where = "" if largest == free else f", the largest hole has {largest} bytes"
+        super().__init__(errno.ENOSPC, f"cannot allocate {requested} bytes: {free} bytes are free{where}")
+        self.requested = requested
+        self.free = free
+        self.largest = largest
+
+    def __reduce__(self) -> tuple[type["OutOfSpaceError"], tuple[int, int, int]]:
+        return type(self), (self.requested, self.free, self.largest)
+
+
+class LengthError(BlockStoreError, ValueError):
+    """Data and range differ in length; not a byte was moved.
+
+    Attributes
+    ----------
+    expected, given : int
+        Bytes that the range takes, bytes that were passed.
+    """
+
+    def __init__(self, expected: int, given: int) -> None:
+        super().__init__(expected, given)
+        self.expected = expected
+        self.given = given
+
+    def __str__(self) -> str:
+        return f"the range takes exactly {self.expected} bytes, {self.given} bytes were given"
+
+
+class LayoutError(BlockStoreError, ValueError):
+    """A shape that is malformed, or needs more bytes than the range or file has."""
+
+
+class DtypeError(BlockStoreError, TypeError):
+    """A dtype that cannot live in a file, or is not the dtype of the range."""
+
+
+class RangeStateError(BlockStoreError, ValueError):
+    """The range may not be used in this way in the state it is in."""
+
+
+class SpentRangeError(RangeStateError):
+    """The range was split, or is a mere reference to one allocated elsewhere."""
+
+
+class AlreadyWrittenError(RangeStateError):
+    """The range has a receipt and is immutable unless ``rewrite=True`` is asked for."""
+
+
+class NotWrittenError(RangeStateError):
+    """The range has no receipt: its bytes are nobody's result yet."""
+
+
+class WriterBusyError(RangeStateError):
+    """Another writer of the same range is still inside its ``with`` block."""
+
+
+class EscapedViewError(BlockStoreError, BufferError):
+    """Views of the range outlived the writer that handed them out.
+
+    Attributes
+    ----------
+    start, stop : int
+        The range, in bytes from the start of the data.
+    count : int
+        Views that were found.
+    """
+
+    def __init__(self, start: int, stop: int, count: int, consequence: str) -> None:
+        super().__init__(start, stop, count, consequence)
+        self.start = start
+        self.stop = stop
+        self.count = count
+        self.consequence = consequence
+
+    def __str__(self) -> str:
+        return f"{escaped_text(self.start, self.stop, self.count)}: {self.consequence}"
+
+
+class EscapedViewWarning(UserWarning):
+    """Views of a range outlived the writer that handed them out."""
+
+
+def escaped_text(start: int, stop: int, count: int) -> str:
+    """Say which views escaped from which range."""
+    views = "1 view" if count == 1 else f"{count} views"
+    return f"{views} of range [{start}, {stop}) outlived the writer (a slice, memoryview, closure or running thread)"
+
+
+class ForeignRangeError(BlockStoreError, ValueError):
+    """A range or receipt that belongs to another store."""
+
+
+class RevokedReceiptError(BlockStoreError, ValueError):
+    """A receipt whose range has been opened for rewriting since."""
+
+
+class StaleReferenceError(BlockStoreError, ValueError):
+    """A pickled store whose path now names another file."""
+
+
+class StoreInUseError(BlockStoreError, BlockingIOError):
+    """The file is open for writing in another store of this process."""
+
+
+class ClosedStoreError(BlockStoreError, ValueError):
+    """The store is closed."""
+
+
+class ForkedStoreError(BlockStoreError, RuntimeError):
+    """The store was inherited through ``fork``: the parent goes on with it, the child reopens it."""
+
+
+class ReadOnlyStoreError(BlockStoreError, io.UnsupportedOperation):
+    """The store was opened with ``mode="r"``."""
+
+
+class NotRegularFileError(BlockStoreError, OSError):
+    """The path names a directory, FIFO, socket or device."""
+
+
+class PoisonedStoreError(BlockStoreError, OSError):
+    """An earlier sync failed, so the kernel may have dropped data: reopen the store to go on."""

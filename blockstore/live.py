@@ -1,0 +1,47 @@
+"""Which stores this process has open, and what becomes of them when it forks.
+
+A forked child shares every map with its parent. It must not go on with the parent's ranges, nor let an array that it
+inherited reach the file; so each store is disowned in the child, before any of its code runs.
+"""
+
+import os
+import weakref
+from typing import Protocol
+
+from blockstore.mapped import MappedFile
+from blockstore.views import Loan
+
+
+class Store(Protocol):
+    """What is asked of a store here."""
+
+    _mapped: MappedFile
+    _claims: dict[int, Loan]
+    _down: str | None
+
+
+_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
+
+
+def add(store: Store) -> None:
+    """Keep an eye on a store, for as long as it lives."""
+    _stores.add(store)
+
+
+def open_on(identity: tuple[int, ...]) -> list[Store]:
+    """Return the stores that are open on one file."""
+    return [store for store in list(_stores) if store._down is None and store._mapped.identity == identity]
+
+
+def _disown_all() -> None:
+    """Leave every store to the parent. Only the forking thread is left, so no lock may be taken."""
+    for store in list(_stores):
+        if store._down is None:
+            store._down = "inherited through a fork"
+            for loan in list(store._claims.values()):
+                loan.take_back()
+            store._mapped.disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)

@@ -1,0 +1,371 @@
+"""AllocatedRange: bytes ``[start, stop)`` of a file, owned by whoever holds the object.
+
+A range has one writer at a time, is immutable once written unless a rewrite is asked for, and is spent
+when it is split. This module knows its store through the `Owner` protocol, and neither allocators nor disks.
+Offsets and sizes are bytes from the start of the data.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from blockstore.alignment import ALIGNMENT, align_down, align_up
+from blockstore.errors import (
+    AlreadyWrittenError,
+    DtypeError,
+    EscapedViewError,
+    LayoutError,
+    LengthError,
+    NotWrittenError,
+    SpentRangeError,
+    WriterBusyError,
+)
+from blockstore.mapped import MappedFile
+from blockstore.receipts import Extent, WriteReceipt
+from blockstore.views import BYTE, Layout, Loan, check_layout
+
+__all__ = ["ALIGNMENT", "AllocatedRange", "Owner", "WriteReceipt", "align_down", "align_up", "allocated"]
+
+_SPLIT = "it was split: use its parts"
+_REFERENCE = "it was unpickled, and a reference is for reading: write through the object that was allocated"
+
+
+class Owner(Protocol):
+    """What a range needs of the store it belongs to."""
+
+    _mapped: MappedFile
+    _claims: dict[int, Loan]
+    """Open writers by the start of their range. Only ever changed by `setdefault` and `pop`, which are atomic."""
+    _down: str | None
+    """Why nothing may be done any more, or None."""
+    _escaped: str
+    """What to do about escaped views: ``"warn"``, ``"raise"`` or ``"ignore"``."""
+    _writer: "Callable[[AllocatedRange, Layout, bool], AbstractContextManager[NDArray[Any]]]"
+    """Makes the context manager of one write."""
+    _record: "Callable[[WriteReceipt], None]"
+    """Takes in the receipt of a clean exit."""
+    _revoke: "Callable[[WriteReceipt], None]"
+    """Voids a receipt before its range is opened for rewriting."""
+
+    def _refuse(self) -> NoReturn:
+        """Raise the error that says why the store is down."""
+
+
+class AllocatedRange(Extent):
+    """Bytes ``[start, stop)`` of a store, owned by whoever holds this object.
+
+    Made by `BlockStore.allocate` and its relatives. Safe to share among threads: the second of two writers
+    is refused with `WriterBusyError`.
+
+    Examples
+    --------
+    >>> import blockstore as bs
+    >>> store = bs.create(tmp_path / "data.bin", 1 << 20)
+    >>> r = store.allocate(shape=(2, 3), dtype="f8", tag=7)
+    >>> with r.writer() as a:
+    ...     a[:] = 1.5
+    >>> r.read().sum()
+    np.float64(9.0)
+    >>> r
+    <AllocatedRange [0, 4096) 48 bytes, tag 7, written>
+    >>> store.close()
+    """
+
+    __slots__ = ("_layout", "_loan", "_receipt", "_spent", "_touched")
+
+    _owner: Owner
+    _layout: Layout | None
+    _receipt: WriteReceipt | None
+    _loan: Loan | None
+    _spent: str | None
+    _touched: bool
+
+    def __init__(self) -> None:
+        raise TypeError("ranges are handed out by a store: see BlockStore.allocate")
+
+    @property
+    def receipt(self) -> WriteReceipt | None:
+        """The receipt of the last clean exit, or None while the range is not written."""
+        return self._receipt
+
+    def writer(
+        self,
+        shape: int | Sequence[int] | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        rewrite: bool = False,
+    ) -> AbstractContextManager[NDArray[Any]]:
+        """Return a context manager that lends the range as a writable array.
+
+        Parameters
+        ----------
+        shape : int or sequence of int, optional
+            Elements along each axis. Default: that of `allocate`, or one axis over all `nbytes`.
+        dtype : dtype, optional
+            Default: that of `allocate`, or ``uint8``.
+        rewrite : bool
+            Allow writing a range that is written already. Its receipt is revoked on entering, before the first
+            byte can change.
+
+        Returns
+        -------
+        context manager
+            ``with r.writer() as a:`` binds `a` to a C-ordered `numpy.ndarray` on the file's memory map, which
+            shows what the file holds. A clean exit makes `a` read-only and sets `receipt`.
+
+        Raises
+        ------
+        LayoutError, DtypeError
+            If shape or dtype do not fit the range; at once.
+        AlreadyWrittenError, SpentRangeError, WriterBusyError, EscapedViewError, ClosedStoreError, ForkedStoreError
+            If the range may not be written now; on entering.
+        EscapedViewError
+            On leaving, with ``escaped="raise"``: no receipt is made.
+
+        Notes
+        -----
+        About a microsecond, in and out, whatever the size of the range. If the body raises there is no receipt
+        and the range can be written again.
+        """
+        if shape is not None or dtype is not None:
+            layout = check_layout(shape, dtype, self._nbytes)
+        else:
+            layout = self._layout or ((self._nbytes,), BYTE)
+        return self._owner._writer(self, layout, rewrite)
+
+    def write(self, data: Any, *, rewrite: bool = False) -> WriteReceipt:
+        """Copy `data` into the range in one call, by the fastest road.
+
+        Parameters
+        ----------
+        data : bytes-like or ndarray
+            Exactly `nbytes` bytes. For a range allocated with a dtype, an array of that dtype and shape.
+        rewrite : bool
+            As in `writer`.
+
+        Returns
+        -------
+        WriteReceipt
+
+        Raises
+        ------
+        LengthError, LayoutError, DtypeError
+            If `data` does not match; before a byte moves.
+        RangeStateError, ClosedStoreError, ForkedStoreError
+            As in `writer`.
+        OSError
+            If the system refuses the write; there is no receipt.
+        """
+        array = _as_array(data, self._layout, self._nbytes)
+        loan = Loan()
+        self._claim(loan, rewrite)
+        try:
+            self._touched = True
+            if not self._owner._mapped.put(array, self._start) or self._owner._down is not None:
+                self._owner._refuse()
+            return self._settle(self._layout)
+        finally:
+            self._owner._claims.pop(self._start, None)
+
+    def read(self) -> NDArray[Any]:
+        """Return what was written, without copying.
+
+        Returns
+        -------
+        ndarray
+            Read-only, shaped and typed like the array of the last writer. It stays valid after the store is
+            closed, and shows later rewrites of the range.
+
+        Raises
+        ------
+        NotWrittenError
+            If the range has no receipt. `BlockStore.raw` reads whatever the bytes are.
+        SpentRangeError, ClosedStoreError, ForkedStoreError
+            If the range was split, or the store is not usable.
+        """
+        owner = self._owner
+        if owner._down is not None:
+            owner._refuse()
+        if self._receipt is None and self._spent is not _REFERENCE:
+            if self._spent is not None:
+                raise SpentRangeError(f"cannot read {self._where()}: {self._spent}")
+            raise NotWrittenError(f"cannot read {self._where()}: no writer has left it cleanly")
+        shape, dtype = self._layout or ((self._nbytes,), BYTE)
+        return np.ndarray(shape, dtype, owner._mapped.frozen, self._start)
+
+    def split_up(self, offset: int) -> "tuple[AllocatedRange | None, AllocatedRange | None]":
+        """Split at ``align_up(start + offset)``; this range is spent.
+
+        Parameters
+        ----------
+        offset : int
+            Bytes from the start of the range, 0 to `nbytes`.
+
+        Returns
+        -------
+        low, high : AllocatedRange or None
+            Untyped ranges that share the bytes and the tag; None for an empty side.
+
+        Raises
+        ------
+        ValueError
+            If `offset` is out of bounds.
+        RangeStateError
+            If the range is spent, written, or has a writer inside.
+
+        Examples
+        --------
+        >>> import blockstore as bs
+        >>> with bs.create(tmp_path / "data.bin", 1 << 20) as store:
+        ...     store.allocate(10000).split_up(5000)
+        (<AllocatedRange [0, 8192) 8192 bytes, fresh>, <AllocatedRange [8192, 12288) 1808 bytes, fresh>)
+        """
+        return self._split(offset, align_up)
+
+    def split_down(self, offset: int) -> "tuple[AllocatedRange | None, AllocatedRange | None]":
+        """Split at ``align_down(start + offset)``; this range is spent. See `split_up`.
+
+        Examples
+        --------
+        >>> import blockstore as bs
+        >>> with bs.create(tmp_path / "data.bin", 1 << 20) as store:
+        ...     store.allocate(10000).split_down(100)
+        (None, <AllocatedRange [0, 12288) 10000 bytes, fresh>)
+        """
+        return self._split(offset, align_down)
+
+    def _split(self, offset: int, align: Callable[[int], int]) -> "tuple[AllocatedRange | None, AllocatedRange | None]":
+        offset = operator.index(offset)
+        if not 0 <= offset <= self._nbytes:
+            raise ValueError(f"offset {offset} is out of bounds: {self._where()} has {self._nbytes} bytes")
+        cut = align(offset)
+        self._claim(Loan(), rewrite=False)
+        try:
+            self._spent = _SPLIT
+        finally:
+            self._owner._claims.pop(self._start, None)
+        middle = min(self._start + cut, self._stop)
+        low = high = None
+        if cut > 0:
+            low = allocated(self._owner, self._start, middle, min(cut, self._nbytes), self._tag, None)
+            low._touched = self._touched
+        if cut < self._nbytes:
+            high = allocated(self._owner, middle, self._stop, self._nbytes - cut, self._tag, None)
+            high._touched = self._touched
+        return low, high
+
+    def _claim(self, loan: Loan, rewrite: bool) -> None:
+        """Become the one writer of this range, or say why not."""
+        claims = self._owner._claims
+        if self._owner._down is not None:
+            self._owner._refuse()
+        if claims.setdefault(self._start, loan) is not loan:
+            raise WriterBusyError(f"cannot write {self._where()}: another writer is inside")
+        if self._receipt is not None or self._spent is not None or self._loan is not None:
+            try:
+                self._admit(rewrite)
+            except BaseException:
+                claims.pop(self._start, None)
+                raise
+
+    def _admit(self, rewrite: bool) -> None:
+        """Check what stands against a writer that holds the claim; revoke the receipt of a rewrite."""
+        if self._spent is not None:
+            raise SpentRangeError(f"cannot write {self._where()}: {self._spent}")
+        if self._loan is not None and (count := self._loan.count()):
+            raise EscapedViewError(self._start, self._stop, count, "no new writer while they live; drop them first")
+        self._loan = None
+        if self._receipt is not None:
+            if not rewrite:
+                raise AlreadyWrittenError(
+                    f"cannot write {self._where()}: it is written, and immutable unless rewrite=True is passed"
+                )
+            self._owner._revoke(self._receipt)
+            self._receipt = None
+
+    def _settle(self, layout: Layout | None) -> WriteReceipt:
+        """Issue the receipt of a clean exit."""
+        receipt: WriteReceipt = _new(WriteReceipt)
+        receipt._owner = self._owner
+        receipt._start = self._start
+        receipt._stop = self._stop
+        receipt._nbytes = self._nbytes
+        receipt._tag = self._tag
+        receipt._durable = receipt._revoked = False
+        self._layout = layout
+        self._receipt = receipt
+        self._owner._record(receipt)
+        return receipt
+
+    def _where(self) -> str:
+        return f"range [{self._start}, {self._stop})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._receipt is None and self._spent is not _REFERENCE:
+            raise NotWrittenError(f"cannot pickle {self._where()}: only a written range travels, as a reference")
+        return _reference, (self._owner, self._start, self._stop, self._nbytes, self._tag, self._layout)
+
+    def __copy__(self) -> "AllocatedRange":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AllocatedRange":
+        return self
+
+    def __repr__(self) -> str:
+        if self._spent is not None:
+            state = "a reference" if self._spent is _REFERENCE else "spent"
+        elif self._start in self._owner._claims:
+            state = "being written"
+        elif self._receipt is not None:
+            state = "durable" if self._receipt._durable else "written"
+        else:
+            state = "fresh"
+        return f"<{self._text()}, {state}>"
+
+
+_new: Callable[[type[Any]], Any] = object.__new__
+
+
+def allocated(owner: Owner, start: int, stop: int, nbytes: int, tag: int, layout: Layout | None) -> AllocatedRange:
+    """Make the object that owns ``[start, stop)``. For stores: whoever calls this vouches for no overlap."""
+    r: AllocatedRange = _new(AllocatedRange)
+    r._owner = owner
+    r._start = start
+    r._stop = stop
+    r._nbytes = nbytes
+    r._tag = tag
+    r._layout = layout
+    r._receipt = r._loan = r._spent = None
+    r._touched = False
+    return r
+
+
+def _reference(owner: Owner, start: int, stop: int, nbytes: int, tag: int, layout: Layout | None) -> AllocatedRange:
+    """Rebuild a written range from its pickle: readable, and spent for writing."""
+    r = allocated(owner, start, stop, nbytes, tag, layout)
+    r._spent = _REFERENCE
+    return r
+
+
+def _as_array(data: Any, layout: Layout | None, nbytes: int) -> NDArray[Any]:
+    """Return `data` as an array that fills a range of `nbytes` bytes exactly."""
+    if isinstance(data, np.ndarray) or hasattr(data, "__array__"):
+        array = np.asarray(data)
+        if array.dtype.hasobject:
+            raise DtypeError(f"cannot write dtype {array.dtype}: it holds Python objects")
+        if layout is not None and array.dtype != layout[1]:
+            raise DtypeError(f"the range holds {layout[1]}, an array of {array.dtype} was given")
+        if layout is not None and array.shape != layout[0]:
+            raise LayoutError(f"the range has shape {layout[0]}, an array of shape {array.shape} was given")
+    else:
+        try:
+            array = np.frombuffer(memoryview(data).cast("B"), BYTE)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"write() takes a contiguous bytes-like object or an array: {error}") from None
+    if array.nbytes != nbytes:
+        raise LengthError(nbytes, array.nbytes)
+    return array

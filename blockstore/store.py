@@ -1,0 +1,521 @@
+"""BlockStore: one file, one map, one allocator, and the receipts of what was written.
+
+The file is the data, from byte 0, and nothing else. This module joins the layers below it: the system calls
+from `_os`, the space from `allocators`, the objects from `ranges` and `writers`. It knows nothing of arrays and
+formats. Offsets and sizes are bytes.
+
+Examples
+--------
+>>> store = create(tmp_path / "data.bin", 1 << 20)
+>>> for r in store.ranges(1 << 18):
+...     with r.writer(dtype="f8") as a:
+...         a[:] = r.start
+>>> store.flush()
+4
+>>> store
+<BlockStore 'data.bin': 1048576 bytes, 0 free, 4 receipts, open "r+">
+>>> store.close()
+"""
+
+import operator
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NoReturn, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from blockstore import _os, live
+from blockstore.allocators import Allocator, ConcurrentAllocator, SequentialAllocator, UntilFull
+from blockstore.errors import (
+    ClosedStoreError,
+    ForeignRangeError,
+    ForkedStoreError,
+    LayoutError,
+    ReadOnlyStoreError,
+    RevokedReceiptError,
+    StaleReferenceError,
+    StoreInUseError,
+)
+from blockstore.ledger import Ledger
+from blockstore.mapped import MappedFile
+from blockstore.ranges import AllocatedRange, WriteReceipt, allocated
+from blockstore.raw import RawStore
+from blockstore.sequences import RangeSequence
+from blockstore.views import Layout, Loan, check_layout, layout_nbytes
+from blockstore.writers import SealedWriter, Writer
+
+StrPath = str | os.PathLike[str]
+Access = Literal["dense", "sparse"]
+Guard = Literal["flag", "seal"]
+Escaped = Literal["warn", "raise", "ignore"]
+
+_ALLOCATORS: dict[str, type[Allocator]] = {"sequential": SequentialAllocator, "concurrent": ConcurrentAllocator}
+
+
+def create(
+    path: StrPath,
+    nbytes: int,
+    *,
+    allocator: Literal["sequential", "concurrent"] = "sequential",
+    overwrite: bool = False,
+    reserve: bool = True,
+    access: Access | None = None,
+    guard: Guard = "flag",
+    escaped: Escaped = "warn",
+) -> "BlockStore":
+    """Create a file of zeros and return the store that hands it out.
+
+    Parameters
+    ----------
+    path : path
+        Where the file appears, whole or not at all.
+    nbytes : int
+        Bytes of the file, at least 1. It never grows.
+    allocator : {"sequential", "concurrent"}
+        How space is handed out: see `SequentialAllocator` and `ConcurrentAllocator`.
+    overwrite : bool
+        Replace an existing regular file, in one step. Until then both take up space.
+    reserve : bool
+        Reserve the space on the disk now, so that a full disk is an `OSError` here. Without it the file is sparse,
+        and a full disk kills the process with SIGBUS at the first write that finds no space.
+    access : {"dense", "sparse"}, optional
+        How the file will be filled. See Notes.
+    guard : {"flag", "seal"}
+        What becomes of an array when its writer exits. "flag": it is read-only, and what escaped is found. "seal":
+        besides, its memory is cut off from the file, so that no late write reaches it.
+    escaped : {"warn", "raise", "ignore"}
+        What to do when a view outlives its writer: warn with `EscapedViewWarning`, make no receipt and raise
+        `EscapedViewError`, or nothing.
+
+    Raises
+    ------
+    FileExistsError
+        If there is a file and no `overwrite`.
+    OSError
+        If the disk is full, the directory cannot be written, or the path is no regular file; nothing is left behind.
+    ValueError
+        If a size or an option is none of the above.
+
+    Notes
+    -----
+    Speed follows from `access`. "dense" is for files that are filled from end to end, in any number of threads:
+    huge pages on the whole map. "sparse" is for small ranges far apart: no read-ahead, since huge pages would
+    write 2 MiB to the disk for every 4 KiB touched. Without it, each range chooses by its size.
+
+    Examples
+    --------
+    >>> with create(tmp_path / "data.bin", 1 << 20, access="dense") as store:
+    ...     receipt = store.allocate(5).write(b"hello")
+    >>> receipt.durable
+    True
+    """
+    options = _Options(allocator, access, guard, escaped)
+    target = _absolute(path)
+    with _os.new_file(target, operator.index(nbytes), overwrite=overwrite, reserve=reserve) as file:
+        mapped = options.map(file, "r+")
+    return BlockStore(target, mapped, options)
+
+
+def open(
+    path: StrPath,
+    *,
+    mode: Literal["r", "r+"] = "r+",
+    discard: bool = False,
+    allocator: Literal["sequential", "concurrent"] = "sequential",
+    access: Access | None = None,
+    guard: Guard = "flag",
+    escaped: Escaped = "warn",
+) -> "BlockStore":
+    """Open an existing file as a store.
+
+    Parameters
+    ----------
+    path : path
+        A regular file that is not empty.
+    mode : {"r+", "r"}
+        Reading and writing, or reading only.
+    discard : bool
+        Hand out the whole file again. Without it nothing is free, since nothing says which bytes matter; they can be
+        read, and written, through `BlockStore.raw`.
+    allocator, access, guard, escaped
+        As in `create`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no file.
+    OSError
+        If the path is no regular file, or may not be opened in this mode.
+    StoreInUseError
+        With `discard`, if a store of this process has the same file open for writing.
+    ValueError
+        If the file is empty, or an option is none of the above.
+
+    Examples
+    --------
+    >>> with create(tmp_path / "data.bin", 4096) as store:
+    ...     receipt = store.allocate(5).write(b"hello")
+    >>> with open(tmp_path / "data.bin", mode="r") as store:
+    ...     store.raw.read_at(0, 5)
+    b'hello'
+    """
+    options = _Options(allocator, access, guard, escaped)
+    _choice("mode", mode, ("r", "r+"))
+    if discard and mode == "r":
+        raise ValueError("discard=True hands out space for writing: it needs mode='r+'")
+    target = _absolute(path)
+    mapped = options.map(_os.open_file(target, writable=mode == "r+"), mode)
+    if discard:
+        for other in live.open_on(mapped.identity):
+            if other._mapped.writable:
+                raise StoreInUseError(f"cannot discard what {target!r} holds: {other!r} is open on it")
+    store = BlockStore(target, mapped, options)
+    if not discard:
+        store.allocator.allocate(store.nbytes)
+    return store
+
+
+class BlockStore:
+    """One file that many threads fill at once. Made by `create` and `open`, safe to share among threads.
+
+    A context manager: leaving it flushes and closes. Ranges, arrays and receipts outlive the store; arrays stay
+    valid, everything else says that the store is closed. A store that crosses a ``fork`` goes on in the
+    parent; in the child every use of it is refused, and what an inherited array is set to never reaches the file.
+    It pickles as a reference: unpickling finds the store of this process, or opens the same file to read.
+
+    Attributes
+    ----------
+    path : str
+        Absolute path of the file.
+    nbytes : int
+        Bytes of the file.
+    mode : {"r", "r+"}
+    closed : bool
+    allocator : Allocator
+        Who gets which bytes.
+    free : int
+        Bytes not handed out yet.
+    raw : RawStore
+        Bytes at offsets, without ranges, writers or receipts.
+    """
+
+    def __init__(self, path: str, mapped: MappedFile, options: "_Options") -> None:
+        self.path = path
+        self.nbytes = mapped.nbytes
+        self.mode = "r+" if mapped.writable else "r"
+        self.allocator = options.allocator(self.nbytes)
+        self._mapped = mapped
+        self._ledger = Ledger(self._sync)
+        self._record = self._ledger.record
+        self._revoke = self._ledger.revoke
+        self._claims: dict[int, Loan] = {}
+        self._down: str | None = None
+        self._escaped = options.escaped
+        self._writer = SealedWriter if options.sealing else Writer
+        live.add(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the store may not be used any more."""
+        return self._down is not None
+
+    @property
+    def free(self) -> int:
+        """Bytes not handed out yet. A snapshot."""
+        return self.allocator.free
+
+    @property
+    def raw(self) -> RawStore:
+        """Bytes at offsets, without ranges, writers or receipts."""
+        return RawStore(self)
+
+    def allocate(
+        self,
+        nbytes: int | None = None,
+        *,
+        shape: int | Sequence[int] | None = None,
+        dtype: DTypeLike | None = None,
+        tag: int = 0,
+        partial: bool = False,
+    ) -> AllocatedRange:
+        """Hand out a range that nobody else gets.
+
+        Parameters
+        ----------
+        nbytes : int, optional
+            Bytes, at least 1. The range owns them rounded up to `ALIGNMENT`.
+        shape, dtype : optional
+            What `AllocatedRange.writer` and `read` default to; with a `shape`, `nbytes` is what it takes.
+        tag : int
+            64 bits, the caller's own, to say what the range is for.
+        partial : bool
+            Take what the hole has if it has less than `nbytes`; not for a typed range.
+
+        Raises
+        ------
+        OutOfSpaceError
+            If no hole is large enough; nothing is burned.
+        LayoutError, DtypeError, ValueError
+            If size, shape, dtype or tag are malformed.
+        ReadOnlyStoreError, ClosedStoreError, ForkedStoreError
+            If the store hands out nothing.
+
+        Notes
+        -----
+        Well under a microsecond. See the allocators for what happens among threads.
+        """
+        if self._down is not None or self.mode == "r":
+            self._refuse_writing()
+        layout = None
+        if shape is not None or dtype is not None:
+            nbytes, layout = _typed(nbytes, shape, dtype, partial)
+        if tag:
+            _check_tag(tag)
+        where = self.allocator.allocate(nbytes, partial=partial)  # type: ignore[arg-type]
+        start, stop = where.start, where.stop
+        if nbytes > stop - start:  # type: ignore[operator]
+            nbytes = stop - start
+        return allocated(self, start, stop, nbytes, tag, layout)  # type: ignore[arg-type]
+
+    def allocate_many(
+        self,
+        count: int,
+        nbytes: int | None = None,
+        *,
+        shape: int | Sequence[int] | None = None,
+        dtype: DTypeLike | None = None,
+        tag: int = 0,
+    ) -> RangeSequence:
+        """Hand out `count` ranges of `nbytes` bytes each in one reservation: all of them or none.
+
+        Returns
+        -------
+        RangeSequence
+            A sequence of `AllocatedRange`, each made when it is first touched.
+
+        Raises
+        ------
+        As `allocate`.
+        """
+        if self._down is not None or self.mode == "r":
+            self._refuse_writing()
+        layout = None
+        if shape is not None or dtype is not None:
+            nbytes, layout = _typed(nbytes, shape, dtype, partial=False)
+        _check_tag(tag)
+        starts = self.allocator.allocate_many(count, nbytes)  # type: ignore[arg-type]
+
+        def make(start: int, stop: int) -> AllocatedRange:
+            return allocated(self, start, min(stop, self.nbytes), nbytes, tag, layout)  # type: ignore[arg-type]
+
+        return RangeSequence(starts, nbytes, make)  # type: ignore[arg-type]
+
+    def ranges(self, nbytes: int, *, tag: int = 0) -> Iterator[AllocatedRange]:
+        """Iterate over ranges of `nbytes` bytes until the space is used up.
+
+        A range is shorter where a hole ends. The iterator can be shared among threads: each range goes to one.
+        """
+        if self._down is not None or self.mode == "r":
+            self._refuse_writing()
+        return UntilFull(lambda: self.allocate(nbytes, tag=tag, partial=True))
+
+    def flush(self, receipts: WriteReceipt | Iterable[WriteReceipt] | None = None, *, wait: bool = True) -> int:
+        """Make receipts durable: return when the disk has what they stand for.
+
+        Parameters
+        ----------
+        receipts : WriteReceipt or iterable of WriteReceipt, optional
+            Default: every receipt so far.
+        wait : bool
+            False starts write-back now, waits for nothing and promises nothing.
+
+        Returns
+        -------
+        int
+            Receipts that this call made durable. One sync covers every receipt so far, so it can be more than were
+            asked for, and it is 0 if there was nothing left to do.
+
+        Raises
+        ------
+        ForeignRangeError
+            If a receipt is another store's.
+        RevokedReceiptError
+            If the range of a receipt was opened for rewriting since.
+        PoisonedStoreError
+            If a sync failed, now or before. Nothing is called durable after that: reopen the store.
+
+        Notes
+        -----
+        One ``fdatasync`` for any number of receipts, without the GIL; other threads go on meanwhile.
+        """
+        if self._down is not None or self.mode == "r":
+            self._refuse_writing()
+        if isinstance(receipts, WriteReceipt):
+            receipts = (receipts,)
+        wanted = None if receipts is None else tuple(map(self._own, receipts))
+        if not wait:
+            self._start_writeback(wanted)
+            return 0
+        return self._ledger.flush(wanted)
+
+    def sync(self) -> None:
+        """Return when the disk has all bytes of the file, whoever wrote them and with or without a receipt."""
+        if self._down is not None or self.mode == "r":
+            self._refuse_writing()
+        self._ledger.sync()
+
+    def receipts(self) -> NDArray[np.void]:
+        """Return the receipts that stand, in order of `start`.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            Structured: ``start``, ``stop``, ``nbytes``, ``tag`` (uint64) and ``durable`` (bool). A copy.
+        """
+        return self._ledger.as_array()
+
+    def close(self) -> None:
+        """Flush, and use the file no more. Arrays that are alive stay valid. Closing twice does nothing.
+
+        Writers that are still inside go on undisturbed, and get `ClosedStoreError` instead of a receipt.
+
+        Raises
+        ------
+        PoisonedStoreError
+            If the flush failed; the store is closed all the same.
+        """
+        if self._down is not None:
+            return
+        try:
+            if self.mode == "r+":
+                self.flush()
+        finally:
+            self._shut("closed")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_down", "never opened") is None:
+            warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
+            self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._down is not None:
+            self._refuse()
+        return _reopen, (self.path, self._mapped.identity)
+
+    def __repr__(self) -> str:
+        state = self._down or f'open "{self.mode}"'
+        return (
+            f"<BlockStore {Path(self.path).name!r}: {self.nbytes} bytes, {self.free} free, "
+            f"{len(self._ledger)} receipts, {state}>"
+        )
+
+    # -- what ranges, writers and raw access use ----------------------------------------------------
+
+    def _refuse(self) -> NoReturn:
+        if self._down == "closed":
+            raise ClosedStoreError(f"the store of {self.path!r} is closed")
+        raise ForkedStoreError(
+            f"the store of {self.path!r} was inherited through a fork: its parent goes on with it, reopen it here"
+        )
+
+    def _refuse_writing(self) -> NoReturn:
+        if self._down is not None:
+            self._refuse()
+        raise ReadOnlyStoreError(f"the store of {self.path!r} was opened with mode='r', which writes nothing")
+
+    def _buffer(self, *, writable: bool) -> NDArray[np.uint8]:
+        if self._down is not None or (writable and self.mode == "r"):
+            self._refuse_writing()
+        shared = self._mapped.map
+        if shared is None:
+            self._refuse()
+        return np.ndarray(self.nbytes, np.uint8, shared) if self.mode == "r+" else self._mapped.frozen
+
+    def _sync(self) -> None:
+        if not self._mapped.sync():
+            self._refuse()
+
+    def _own(self, receipt: WriteReceipt) -> WriteReceipt:
+        if not isinstance(receipt, WriteReceipt):
+            raise TypeError(f"flush takes receipts, not {receipt!r}")
+        if (owner := receipt._owner) is not self:
+            raise ForeignRangeError(f"{receipt!r} is of {owner!r}, not of {self!r}")
+        if receipt._revoked:
+            raise RevokedReceiptError(f"{receipt!r} was voided by a rewrite of its range")
+        return receipt
+
+    def _start_writeback(self, wanted: Sequence[WriteReceipt] | None) -> None:
+        if wanted is None:
+            self._mapped.start_writeback(0, self.nbytes)
+        else:
+            for receipt in wanted:
+                self._mapped.start_writeback(receipt._start, receipt._stop)
+
+    def _shut(self, why: str) -> None:
+        self._down = why
+        self._mapped.drop()
+
+
+class _Options:
+    """What a caller may choose, checked."""
+
+    __slots__ = ("access", "allocator", "escaped", "sealing")
+
+    def __init__(self, allocator: str, access: str | None, guard: str, escaped: str) -> None:
+        self.allocator = _ALLOCATORS[_choice("allocator", allocator, tuple(_ALLOCATORS))]
+        self.access = None if access is None else _choice("access", access, tuple(_os.ADVICE))
+        self.sealing = _choice("guard", guard, ("flag", "seal")) == "seal"
+        self.escaped = _choice("escaped", escaped, ("warn", "raise", "ignore"))
+
+    def map(self, file: _os.File, mode: str) -> MappedFile:
+        return MappedFile(file, writable=mode == "r+", access=self.access, sealing=self.sealing)
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} is one of {', '.join(map(repr, allowed))}, not {value!r}")
+    return value
+
+
+def _typed(
+    nbytes: int | None, shape: int | Sequence[int] | None, dtype: DTypeLike | None, partial: bool
+) -> tuple[int, Layout]:
+    """Return the bytes and the layout of a typed range."""
+    if partial:
+        raise LayoutError("a typed range is whole or not at all: partial=True takes nbytes only")
+    layout = check_layout(shape, dtype, nbytes)
+    return layout_nbytes(layout) if nbytes is None else nbytes, layout
+
+
+def _absolute(path: StrPath) -> str:
+    return str(Path(os.fsdecode(path)).absolute())
+
+
+def _check_tag(tag: int) -> int:
+    if not 0 <= (checked := operator.index(tag)) < 1 << 64:
+        raise ValueError(f"a tag is 64 bits, 0 to 2**64 - 1, not {tag}")
+    return checked
+
+
+def _reopen(path: str, identity: tuple[int, ...]) -> BlockStore:
+    """Unpickle a store: the one of this process, or the same file opened to read."""
+    for store in live.open_on(identity):
+        if isinstance(store, BlockStore):
+            return store
+    store = open(path, mode="r")
+    if store._mapped.identity != identity:
+        store.close()
+        raise StaleReferenceError(f"{path!r} is not the file that this reference was made for: it was replaced")
+    return store
