@@ -34,6 +34,8 @@ from blockstore.errors import OutOfSpaceError
 
 T = TypeVar("T")
 
+_ROUND = ALIGNMENT - 1
+
 
 class Allocator(ABC):
     """What both allocators share. `nbytes` is the size of the space, in bytes.
@@ -179,44 +181,50 @@ class SequentialAllocator(Allocator):
 
     def __init__(self, nbytes: int) -> None:
         super().__init__(nbytes)
-        self._holes = deque([(0, self._nbytes)])  # (start, stop), ascending
+        self._start, self._stop = 0, self._nbytes  # the lowest hole, empty only when no other is left
+        self._holes: deque[tuple[int, int]] = deque()  # the others, ascending
 
     @property
     def free(self) -> int:
         with self._lock:
-            return sum(stop - start for start, stop in self._holes)
+            return sum(self._sizes())
 
     @property
     def next_start(self) -> int:
         with self._lock:
-            return self._holes[0][0] if self._holes else self._nbytes
+            return self._start if self._start < self._stop else self._nbytes
 
     def allocate(self, nbytes: int, *, partial: bool = False) -> slice:
         if type(nbytes) is not int or nbytes < 1:
             nbytes = self._check(nbytes)
-        step = (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+        step = (nbytes + _ROUND) & ~_ROUND
         with self._lock:
-            if self._holes:
-                start, stop = self._holes[0]
-                cut = start + step
-                if cut < stop:
-                    self._holes[0] = (cut, stop)
-                    return slice(start, cut)
+            start = self._start
+            cut = start + step
+            if cut < self._stop:
+                self._start = cut
+                return slice(start, cut)
             return self._search(nbytes, step, partial)
 
     def _search(self, nbytes: int, step: int, partial: bool) -> slice:
         """Take from the lowest hole that fits, which may use it up. The lock is held."""
-        holes = self._holes
-        for index, (start, stop) in enumerate(holes):
+        start, stop = self._start, self._stop
+        if start < stop and (partial or nbytes <= stop - start):
+            self._start, self._stop = self._holes.popleft() if self._holes else (stop, stop)
+            return slice(start, stop)
+        for index, (start, stop) in enumerate(self._holes):
             if partial or nbytes <= stop - start:
                 cut = min(start + step, stop)
                 if cut < stop:
-                    holes[index] = (cut, stop)
+                    self._holes[index] = (cut, stop)
                 else:
-                    del holes[index]
+                    del self._holes[index]
                 return slice(start, cut)
-        sizes = [stop - start for start, stop in holes]
-        raise OutOfSpaceError(nbytes, sum(sizes), max(sizes, default=0))
+        sizes = self._sizes()
+        raise OutOfSpaceError(nbytes, sum(sizes), max(sizes))
+
+    def _sizes(self) -> list[int]:
+        return [self._stop - self._start, *(stop - start for start, stop in self._holes)]
 
 
 class ConcurrentAllocator(Allocator):
@@ -252,7 +260,7 @@ class ConcurrentAllocator(Allocator):
             if not partial:
                 raise OutOfSpaceError(nbytes, *self._measure())
             nbytes = self._nbytes
-        step = (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+        step = (nbytes + _ROUND) & ~_ROUND
         while True:
             window = self._window
             try:

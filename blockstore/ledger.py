@@ -9,15 +9,18 @@ import errno
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockstore.errors import PoisonedStoreError
-from blockstore.receipts import WriteReceipt
+from blockstore.receipts import Extent, WriteReceipt
 
 RECEIPT = np.dtype([("start", "<u8"), ("stop", "<u8"), ("nbytes", "<u8"), ("tag", "<u8"), ("durable", "?")])
 """The dtype of `BlockStore.receipts`."""
+
+_new: Callable[[type[Any]], Any] = object.__new__
 
 
 class Ledger:
@@ -39,10 +42,18 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._standing)
 
-    def record(self, receipt: WriteReceipt) -> None:
-        """Take in the receipt of a writer that has just left. The caller holds the claim of its range."""
-        self._standing[receipt._start] = receipt
+    def issue(self, extent: Extent) -> WriteReceipt:
+        """Make and keep the receipt of a writer that has just left. The caller holds the claim of its range."""
+        receipt: WriteReceipt = _new(WriteReceipt)
+        receipt._owner = extent._owner
+        receipt._start = start = extent._start
+        receipt._stop = extent._stop
+        receipt._nbytes = extent._nbytes
+        receipt._tag = extent._tag
+        receipt._durable = receipt._revoked = False
+        self._standing[start] = receipt
         self._unflushed.append(receipt)
+        return receipt
 
     def revoke(self, receipt: WriteReceipt) -> None:
         """Void a receipt. The caller holds the claim of its range."""

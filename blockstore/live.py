@@ -9,15 +9,16 @@ import weakref
 from typing import Protocol
 
 from blockstore.mapped import MappedFile
-from blockstore.views import Loan
 
 
 class Store(Protocol):
     """What is asked of a store here."""
 
     _mapped: MappedFile
-    _claims: dict[int, Loan]
     _down: str | None
+
+    def _disown(self) -> None:
+        """Cut everything off from the file, and refuse all further use."""
 
 
 _stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
@@ -37,10 +38,7 @@ def _disown_all() -> None:
     """Leave every store to the parent. Only the forking thread is left, so no lock may be taken."""
     for store in list(_stores):
         if store._down is None:
-            store._down = "inherited through a fork"
-            for loan in list(store._claims.values()):
-                loan.take_back()
-            store._mapped.disown()
+            store._disown()
 
 
 if hasattr(os, "register_at_fork"):

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from blockstore import _os
 
-PWRITE_MAX_NBYTES = 1 << 20
-"""Bytes up to which a copy goes through ``pwrite``, which needs no page fault; above, through the map."""
+COPY_MAX_NBYTES = 1 << 16
+"""Bytes up to which a copy into a densely filled file goes through the map, whose huge pages are there already.
 
-WINDOW_MIN_NBYTES = 1 << 20
+Any other copy goes through ``pwrite``, which takes no page fault."""
+
+WINDOW_MIN_NBYTES = 1 << 22
 """Bytes from which a sealed view is a window; below, a private buffer that is copied is cheaper."""
 
 WINDOWS_MAX = 16_000
@@ -41,36 +43,46 @@ class MappedFile:
         A second one, where parts can be sealed.
     frozen : ndarray of uint8, shape (nbytes,)
         The bytes of `map`, read-only for good.
+    zeroed : bool
+        Whether every byte was zero when this object was made.
+    copy_max : int
+        Bytes up to which `put` goes through the map.
     """
 
-    __slots__ = ("_file", "access", "frozen", "identity", "map", "nbytes", "sealing", "windows", "writable")
+    __slots__ = ("_file", "copy_max", "frozen", "identity", "map", "nbytes", "windows", "writable", "zeroed")
 
-    def __init__(self, file: _os.File, *, writable: bool, access: str | None, sealing: bool) -> None:
+    def __init__(
+        self, file: _os.File, *, writable: bool, zeroed: bool, dense: bool, advice: str | None, sealing: bool
+    ) -> None:
         self._file: _os.File | None = file
         self.identity = _os.identity(file)
-        self.access = access
         self.writable = writable
-        self.sealing = sealing and writable
+        self.zeroed = zeroed
+        self.copy_max = COPY_MAX_NBYTES if dense and not sealing else 0
         self.map: _os.Map | None = _os.map_file(file, writable=writable)
         self.nbytes = self.map.nbytes
         self.frozen: NDArray[np.uint8] = _read_only(self.map)
         self.windows: _os.Map | None = None
-        if self.sealing and not _os.PORTABLE:
+        if sealing and writable and not _os.PORTABLE:
             self.windows = _os.map_file(file, writable=True)
-        if access is not None:
+        if advice is not None:
             for mapped in self._maps():
-                _os.advise(mapped, access, 0, self.nbytes)
+                _os.advise(mapped, advice, 0, self.nbytes)
 
     def put(self, data: NDArray[Any], start: int) -> bool:
         """Copy an array into the file from `start`; return False, with nothing copied, if it was dropped."""
         file, shared = self._file, self.map
         if file is None or shared is None:
             return False
-        if data.nbytes <= PWRITE_MAX_NBYTES or self.access == "sparse" or self.sealing:
-            _os.write_at(file, shared, np.ascontiguousarray(data).reshape(-1).view(np.uint8), start)
-        else:
+        if data.nbytes <= self.copy_max or not data.flags.c_contiguous:
             np.copyto(np.ndarray(data.shape, data.dtype, shared, start), data)
+        else:
+            _os.write_at(file, shared, data.reshape(-1).view(np.uint8), start)
         return True
+
+    def get(self, buffer: bytearray, start: int) -> None:
+        """Fill a buffer with what the file holds from `start`."""
+        np.frombuffer(buffer, np.uint8)[:] = self.frozen[start : start + len(buffer)]
 
     def take_window(self, nbytes: int) -> bool:
         """Whether a view of this size may be lent from `windows`, to be sealed later."""

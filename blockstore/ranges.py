@@ -38,16 +38,16 @@ class Owner(Protocol):
     """What a range needs of the store it belongs to."""
 
     _mapped: MappedFile
-    _claims: dict[int, Loan]
-    """Open writers by the start of their range. Only ever changed by `setdefault` and `pop`, which are atomic."""
+    _claims: dict[int, object]
+    """A token of each open writer, by the start of its range. Changed by `setdefault` and `pop` only: atomic."""
     _down: str | None
     """Why nothing may be done any more, or None."""
     _escaped: str
     """What to do about escaped views: ``"warn"``, ``"raise"`` or ``"ignore"``."""
-    _writer: "Callable[[AllocatedRange, Layout, bool], AbstractContextManager[NDArray[Any]]]"
+    _writer: "Callable[[AllocatedRange, Layout | None, bool], AbstractContextManager[NDArray[Any]]]"
     """Makes the context manager of one write."""
-    _record: "Callable[[WriteReceipt], None]"
-    """Takes in the receipt of a clean exit."""
+    _issue: "Callable[[AllocatedRange], WriteReceipt]"
+    """Makes and keeps the receipt of a clean exit."""
     _revoke: "Callable[[WriteReceipt], None]"
     """Voids a receipt before its range is opened for rewriting."""
 
@@ -132,10 +132,8 @@ class AllocatedRange(Extent):
         and the range can be written again.
         """
         if shape is not None or dtype is not None:
-            layout = check_layout(shape, dtype, self._nbytes)
-        else:
-            layout = self._layout or ((self._nbytes,), BYTE)
-        return self._owner._writer(self, layout, rewrite)
+            return self._owner._writer(self, check_layout(shape, dtype, self._nbytes), rewrite)
+        return self._owner._writer(self, self._layout, rewrite)
 
     def write(self, data: Any, *, rewrite: bool = False) -> WriteReceipt:
         """Copy `data` into the range in one call, by the fastest road.
@@ -161,13 +159,13 @@ class AllocatedRange(Extent):
             If the system refuses the write; there is no receipt.
         """
         array = _as_array(data, self._layout, self._nbytes)
-        loan = Loan()
-        self._claim(loan, rewrite)
+        self._claim(object(), rewrite)
         try:
             self._touched = True
             if not self._owner._mapped.put(array, self._start) or self._owner._down is not None:
                 self._owner._refuse()
-            return self._settle(self._layout)
+            self._receipt = receipt = self._owner._issue(self)
+            return receipt
         finally:
             self._owner._claims.pop(self._start, None)
 
@@ -243,7 +241,7 @@ class AllocatedRange(Extent):
         if not 0 <= offset <= self._nbytes:
             raise ValueError(f"offset {offset} is out of bounds: {self._where()} has {self._nbytes} bytes")
         cut = align(offset)
-        self._claim(Loan(), rewrite=False)
+        self._claim(object(), rewrite=False)
         try:
             self._spent = _SPLIT
         finally:
@@ -258,22 +256,26 @@ class AllocatedRange(Extent):
             high._touched = self._touched
         return low, high
 
-    def _claim(self, loan: Loan, rewrite: bool) -> None:
-        """Become the one writer of this range, or say why not."""
-        claims = self._owner._claims
-        if self._owner._down is not None:
-            self._owner._refuse()
-        if claims.setdefault(self._start, loan) is not loan:
+    def _claim(self, token: object, rewrite: bool) -> None:
+        """Become the one writer of this range, or say why not. `token` is an object that nobody else has."""
+        if self._owner._claims.setdefault(self._start, token) is not token:
             raise WriterBusyError(f"cannot write {self._where()}: another writer is inside")
-        if self._receipt is not None or self._spent is not None or self._loan is not None:
+        if (
+            self._receipt is not None
+            or self._spent is not None
+            or self._loan is not None
+            or self._owner._down is not None
+        ):
             try:
                 self._admit(rewrite)
             except BaseException:
-                claims.pop(self._start, None)
+                self._owner._claims.pop(self._start, None)
                 raise
 
     def _admit(self, rewrite: bool) -> None:
         """Check what stands against a writer that holds the claim; revoke the receipt of a rewrite."""
+        if self._owner._down is not None:
+            self._owner._refuse()
         if self._spent is not None:
             raise SpentRangeError(f"cannot write {self._where()}: {self._spent}")
         if self._loan is not None and (count := self._loan.count()):
@@ -286,20 +288,6 @@ class AllocatedRange(Extent):
                 )
             self._owner._revoke(self._receipt)
             self._receipt = None
-
-    def _settle(self, layout: Layout | None) -> WriteReceipt:
-        """Issue the receipt of a clean exit."""
-        receipt: WriteReceipt = _new(WriteReceipt)
-        receipt._owner = self._owner
-        receipt._start = self._start
-        receipt._stop = self._stop
-        receipt._nbytes = self._nbytes
-        receipt._tag = self._tag
-        receipt._durable = receipt._revoked = False
-        self._layout = layout
-        self._receipt = receipt
-        self._owner._record(receipt)
-        return receipt
 
     def _where(self) -> str:
         return f"range [{self._start}, {self._stop})"

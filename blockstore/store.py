@@ -45,8 +45,8 @@ from blockstore.mapped import MappedFile
 from blockstore.ranges import AllocatedRange, WriteReceipt, allocated
 from blockstore.raw import RawStore
 from blockstore.sequences import RangeSequence
-from blockstore.views import Layout, Loan, check_layout, layout_nbytes
-from blockstore.writers import SealedWriter, Writer
+from blockstore.views import Layout, check_layout, layout_nbytes
+from blockstore.writers import DetachedWriter, Writer
 
 StrPath = str | os.PathLike[str]
 Access = Literal["dense", "sparse"]
@@ -113,10 +113,10 @@ def create(
     >>> receipt.durable
     True
     """
-    options = _Options(allocator, access, guard, escaped)
+    options = _Options(allocator, access, guard, escaped, reserve=reserve)
     target = _absolute(path)
     with _os.new_file(target, operator.index(nbytes), overwrite=overwrite, reserve=reserve) as file:
-        mapped = options.map(file, "r+")
+        mapped = options.map(file, zeroed=True)
     return BlockStore(target, mapped, options)
 
 
@@ -168,7 +168,7 @@ def open(
     if discard and mode == "r":
         raise ValueError("discard=True hands out space for writing: it needs mode='r+'")
     target = _absolute(path)
-    mapped = options.map(_os.open_file(target, writable=mode == "r+"), mode)
+    mapped = options.map(_os.open_file(target, writable=mode == "r+"), writable=mode == "r+")
     if discard:
         for other in live.open_on(mapped.identity):
             if other._mapped.writable:
@@ -210,12 +210,13 @@ class BlockStore:
         self.allocator = options.allocator(self.nbytes)
         self._mapped = mapped
         self._ledger = Ledger(self._sync)
-        self._record = self._ledger.record
+        self._issue = self._ledger.issue
         self._revoke = self._ledger.revoke
-        self._claims: dict[int, Loan] = {}
+        self._claims: dict[int, object] = {}
         self._down: str | None = None
         self._escaped = options.escaped
-        self._writer = SealedWriter if options.sealing else Writer
+        self._writer = DetachedWriter if options.sealing or options.access == "sparse" else Writer
+        self._allocate = self.allocator.allocate if mapped.writable else self._refuse_allocation
         live.add(self)
 
     @property
@@ -268,18 +269,16 @@ class BlockStore:
         -----
         Well under a microsecond. See the allocators for what happens among threads.
         """
-        if self._down is not None or self.mode == "r":
-            self._refuse_writing()
         layout = None
         if shape is not None or dtype is not None:
             nbytes, layout = _typed(nbytes, shape, dtype, partial)
+        elif type(nbytes) is not int:
+            nbytes = _integer(nbytes)
         if tag:
-            _check_tag(tag)
-        where = self.allocator.allocate(nbytes, partial=partial)  # type: ignore[arg-type]
+            tag = _check_tag(tag)
+        where = self._allocate(nbytes, partial=partial)
         start, stop = where.start, where.stop
-        if nbytes > stop - start:  # type: ignore[operator]
-            nbytes = stop - start
-        return allocated(self, start, stop, nbytes, tag, layout)  # type: ignore[arg-type]
+        return allocated(self, start, stop, nbytes if nbytes <= stop - start else stop - start, tag, layout)
 
     def allocate_many(
         self,
@@ -305,14 +304,15 @@ class BlockStore:
             self._refuse_writing()
         layout = None
         if shape is not None or dtype is not None:
-            nbytes, layout = _typed(nbytes, shape, dtype, partial=False)
-        _check_tag(tag)
-        starts = self.allocator.allocate_many(count, nbytes)  # type: ignore[arg-type]
+            each, layout = _typed(nbytes, shape, dtype, partial=False)
+        else:
+            each = _integer(nbytes)
+        tag = _check_tag(tag)
 
         def make(start: int, stop: int) -> AllocatedRange:
-            return allocated(self, start, min(stop, self.nbytes), nbytes, tag, layout)  # type: ignore[arg-type]
+            return allocated(self, start, min(stop, self.nbytes), each, tag, layout)
 
-        return RangeSequence(starts, nbytes, make)  # type: ignore[arg-type]
+        return RangeSequence(self.allocator.allocate_many(count, each), each, make)
 
     def ranges(self, nbytes: int, *, tag: int = 0) -> Iterator[AllocatedRange]:
         """Iterate over ranges of `nbytes` bytes until the space is used up.
@@ -465,22 +465,41 @@ class BlockStore:
 
     def _shut(self, why: str) -> None:
         self._down = why
+        self._allocate = self._refuse_allocation
         self._mapped.drop()
+
+    def _disown(self) -> None:
+        self._down = "inherited through a fork"
+        self._allocate = self._refuse_allocation
+        self._mapped.disown()
+
+    def _refuse_allocation(self, nbytes: int, *, partial: bool = False) -> slice:
+        self._refuse_writing()
 
 
 class _Options:
     """What a caller may choose, checked."""
 
-    __slots__ = ("access", "allocator", "escaped", "sealing")
+    __slots__ = ("access", "allocator", "escaped", "reserve", "sealing")
 
-    def __init__(self, allocator: str, access: str | None, guard: str, escaped: str) -> None:
+    def __init__(self, allocator: str, access: str | None, guard: str, escaped: str, *, reserve: bool = True) -> None:
+        self.reserve = reserve
         self.allocator = _ALLOCATORS[_choice("allocator", allocator, tuple(_ALLOCATORS))]
         self.access = None if access is None else _choice("access", access, tuple(_os.ADVICE))
         self.sealing = _choice("guard", guard, ("flag", "seal")) == "seal"
         self.escaped = _choice("escaped", escaped, ("warn", "raise", "ignore"))
 
-    def map(self, file: _os.File, mode: str) -> MappedFile:
-        return MappedFile(file, writable=mode == "r+", access=self.access, sealing=self.sealing)
+    def map(self, file: _os.File, *, writable: bool = True, zeroed: bool = False) -> MappedFile:
+        """Map a file as these options say; see `create`, Notes."""
+        advice = self.access or ("dense" if self.reserve else "sparse")
+        return MappedFile(
+            file,
+            writable=writable,
+            zeroed=zeroed,
+            dense=self.access == "dense",
+            advice=advice,
+            sealing=self.sealing,
+        )
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -501,6 +520,13 @@ def _typed(
 
 def _absolute(path: StrPath) -> str:
     return str(Path(os.fsdecode(path)).absolute())
+
+
+def _integer(nbytes: int | None) -> int:
+    try:
+        return operator.index(nbytes)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"give nbytes as an int, or a shape and a dtype; nbytes is {nbytes!r}") from None
 
 
 def _check_tag(tag: int) -> int:

@@ -109,8 +109,8 @@ class Loan:
 
         Shape and dtype are trusted: see `check_layout`. NumPy still refuses what passes the buffer's end.
         """
-        self._root = root = np.ndarray(shape, dtype, buffer, offset)
-        self._view = view = root[...]
+        self._root = np.ndarray(shape, dtype, buffer, offset)
+        self._view = view = self._root[...]
         return view
 
     def take_back(self) -> bool:

@@ -29,29 +29,29 @@ from numpy.typing import NDArray
 
 from blockstore.errors import EscapedViewError, EscapedViewWarning, escaped_text
 from blockstore.ranges import AllocatedRange
-from blockstore.views import Layout, Loan
+from blockstore.views import BYTE, Layout, Loan
 
 
-class Writer:
+class Writer(Loan):
     """Lends the range as a view on the file's map; made by `AllocatedRange.writer`."""
 
-    __slots__ = ("_layout", "_loan", "_range", "_rewrite")
+    __slots__ = ("_layout", "_range", "_rewrite")
 
-    _loan: Loan
-
-    def __init__(self, range_: AllocatedRange, layout: Layout, rewrite: bool) -> None:
+    def __init__(self, range_: AllocatedRange, layout: Layout | None, rewrite: bool) -> None:
         self._range = range_
         self._layout = layout
         self._rewrite = rewrite
 
     def __enter__(self) -> NDArray[Any]:
         r = self._range
-        loan = Loan()
-        shape, dtype = self._layout
-        view = loan.lend(shape, dtype, r._owner._mapped.map, r._start)
-        r._claim(loan, self._rewrite)
-        self._loan = loan
-        return view
+        r._claim(object(), self._rewrite)
+        try:
+            if (layout := self._layout) is None:
+                return self.lend(r._nbytes, BYTE, r._owner._mapped.map, r._start)
+            return self.lend(layout[0], layout[1], r._owner._mapped.map, r._start)
+        except BaseException:
+            r._owner._claims.pop(r._start, None)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -59,21 +59,21 @@ class Writer:
         r = self._range
         owner = r._owner
         try:
-            if self._loan.take_back() or kind is not None or owner._down is not None:
+            if self.take_back() or kind is not None or owner._down is not None:
                 self._leave(kind, stacklevel=3)
             else:
-                r._settle(self._layout)
+                r._layout = self._layout
+                r._receipt = owner._issue(r)
         finally:
             owner._claims.pop(r._start, None)
-            del self._loan
 
     def _leave(self, kind: type[BaseException] | None, stacklevel: int) -> None:
         """Leave in any way but the plain one."""
         r = self._range
         owner = r._owner
-        count = self._loan.count()
+        count = self.count()
         if count:
-            r._loan = self._loan
+            r._loan = self
         if kind is not None:
             return
         if owner._down is not None:
@@ -83,7 +83,8 @@ class Writer:
         if count and owner._escaped == "warn":
             text = f"{escaped_text(r._start, r._stop, count)}: {self._danger}"
             warnings.warn(text, EscapedViewWarning, stacklevel=stacklevel)
-        r._settle(self._layout)
+        r._layout = self._layout
+        r._receipt = owner._issue(r)
 
     _danger = "what is written through them from now on may reach the file"
 
@@ -91,11 +92,12 @@ class Writer:
         return f"<{type(self).__name__} of {self._range!r}>"
 
 
-class SealedWriter(Writer):
+class DetachedWriter(Writer):
     """Lends memory that cannot reach the file after the exit, not even through a raw address.
 
-    A large range that nobody tried before is lent as a window on a map, which the exit replaces by a private
-    copy-on-write mapping. Any other is lent as a private buffer, which a clean exit writes to the file.
+    With ``guard="seal"``, a large range that nobody tried before is lent as a window on a map, which the exit
+    replaces by a private copy-on-write mapping. Any other range, and each one with ``access="sparse"``, is lent as
+    a private buffer, which a clean exit writes to the file.
     """
 
     __slots__ = ("_buffer",)
@@ -105,39 +107,34 @@ class SealedWriter(Writer):
 
     def __enter__(self) -> NDArray[Any]:
         r = self._range
-        owner = r._owner
-        mapped = owner._mapped
-        loan = Loan()
-        r._claim(loan, self._rewrite)
+        mapped = r._owner._mapped
+        shape, dtype = self._layout or ((r._nbytes,), BYTE)
+        r._claim(object(), self._rewrite)
         try:
-            shape, dtype = self._layout
-            if not r._touched and mapped.take_window(r._stop - r._start):
+            untouched, r._touched = not r._touched, True
+            if untouched and mapped.take_window(r._stop - r._start):
                 self._buffer = None
-                view = loan.lend(shape, dtype, mapped.windows, r._start)
-            else:
-                self._buffer = bytearray(r._nbytes)
-                np.frombuffer(self._buffer, np.uint8)[:] = mapped.frozen[r._start : r._start + r._nbytes]
-                view = loan.lend(shape, dtype, self._buffer, 0)
+                return self.lend(shape, dtype, mapped.windows, r._start)
+            self._buffer = bytearray(r._nbytes)
+            if not (untouched and mapped.zeroed):
+                mapped.get(self._buffer, r._start)
+            return self.lend(shape, dtype, self._buffer, 0)
         except BaseException:
-            owner._claims.pop(r._start, None)
+            r._owner._claims.pop(r._start, None)
             raise
-        r._touched = True
-        self._loan = loan
-        return view
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         r = self._range
-        owner = r._owner
+        mapped = r._owner._mapped
         try:
-            self._loan.take_back()
-            if owner._down is None:  # closing and forking have sealed every window already
-                if self._buffer is None:
-                    owner._mapped.seal(r._start, r._stop)
-                elif kind is None:
-                    owner._mapped.put(np.frombuffer(self._buffer, np.uint8), r._start)
+            self.take_back()
+            if self._buffer is None:
+                mapped.seal(r._start, r._stop)
+            elif kind is None and r._owner._down is None:
+                mapped.put(np.frombuffer(self._buffer, np.uint8), r._start)
             self._leave(kind, stacklevel=3)
         finally:
-            owner._claims.pop(r._start, None)
-            del self._loan, self._buffer
+            r._owner._claims.pop(r._start, None)
+            self._buffer = None
