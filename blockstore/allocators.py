@@ -37,6 +37,17 @@ T = TypeVar("T")
 _ROUND = ALIGNMENT - 1
 
 
+def check_nbytes(nbytes: object) -> int:
+    """Return a byte count that may be asked for as an int."""
+    try:
+        checked = operator.index(nbytes)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"a byte count is an int, not {nbytes!r}") from None
+    if checked < 1:
+        raise ValueError(f"cannot allocate {checked} bytes: ask for at least 1")
+    return checked
+
+
 class Allocator(ABC):
     """What both allocators share. `nbytes` is the size of the space, in bytes.
 
@@ -72,7 +83,6 @@ class Allocator(ABC):
     def next_start(self) -> int:
         """Where the next small request would start, in bytes; `nbytes` when nothing is free. A snapshot."""
 
-    @abstractmethod
     def allocate(self, nbytes: int, *, partial: bool = False) -> slice:
         """Hand out bytes that nobody else gets.
 
@@ -96,6 +106,11 @@ class Allocator(ABC):
         OutOfSpaceError
             If no hole is large enough; nothing is burned.
         """
+        return slice(*self._take(check_nbytes(nbytes), partial))
+
+    @abstractmethod
+    def _take(self, nbytes: int, partial: bool) -> tuple[int, int]:
+        """Hand out ``(start, stop)``; `nbytes` is an int of at least 1."""
 
     def allocate_many(self, count: int, nbytes: int) -> NDArray[np.int64]:
         """Hand out `count` ranges of `nbytes` bytes each in one reservation: all of them or none.
@@ -123,9 +138,9 @@ class Allocator(ABC):
         """
         if (count := operator.index(count)) < 1:
             raise ValueError(f"a count is at least 1, not {count}")
-        nbytes = self._check(nbytes)
+        nbytes = check_nbytes(nbytes)
         step = align_up(nbytes)
-        start: int = self.allocate((count - 1) * step + nbytes).start
+        start, _ = self._take((count - 1) * step + nbytes, False)
         return np.arange(start, start + count * step, step, dtype=np.int64)
 
     def ranges(self, nbytes: int) -> Iterator[slice]:
@@ -138,18 +153,8 @@ class Allocator(ABC):
         >>> list(SequentialAllocator(10000).ranges(8192))
         [slice(0, 8192, None), slice(8192, 10000, None)]
         """
-        self._check(nbytes)
-        return UntilFull(lambda: self.allocate(nbytes, partial=True))
-
-    def _check(self, nbytes: int) -> int:
-        """Return `nbytes` as an int that may be asked for."""
-        try:
-            checked = operator.index(nbytes)
-        except TypeError:
-            raise TypeError(f"a byte count is an int, not {nbytes!r}") from None
-        if checked < 1:
-            raise ValueError(f"cannot allocate {checked} bytes: ask for at least 1")
-        return checked
+        checked = check_nbytes(nbytes)
+        return UntilFull(lambda: slice(*self._take(checked, True)))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.free} of {self._nbytes} bytes free>"
@@ -194,24 +199,22 @@ class SequentialAllocator(Allocator):
         with self._lock:
             return self._start if self._start < self._stop else self._nbytes
 
-    def allocate(self, nbytes: int, *, partial: bool = False) -> slice:
-        if type(nbytes) is not int or nbytes < 1:
-            nbytes = self._check(nbytes)
+    def _take(self, nbytes: int, partial: bool) -> tuple[int, int]:
         step = (nbytes + _ROUND) & ~_ROUND
         with self._lock:
             start = self._start
             cut = start + step
             if cut < self._stop:
                 self._start = cut
-                return slice(start, cut)
+                return start, cut
             return self._search(nbytes, step, partial)
 
-    def _search(self, nbytes: int, step: int, partial: bool) -> slice:
+    def _search(self, nbytes: int, step: int, partial: bool) -> tuple[int, int]:
         """Take from the lowest hole that fits, which may use it up. The lock is held."""
         start, stop = self._start, self._stop
         if start < stop and (partial or nbytes <= stop - start):
             self._start, self._stop = self._holes.popleft() if self._holes else (stop, stop)
-            return slice(start, stop)
+            return start, stop
         for index, (start, stop) in enumerate(self._holes):
             if partial or nbytes <= stop - start:
                 cut = min(start + step, stop)
@@ -219,7 +222,7 @@ class SequentialAllocator(Allocator):
                     self._holes[index] = (cut, stop)
                 else:
                     del self._holes[index]
-                return slice(start, cut)
+                return start, cut
         sizes = self._sizes()
         raise OutOfSpaceError(nbytes, sum(sizes), max(sizes))
 
@@ -253,9 +256,7 @@ class ConcurrentAllocator(Allocator):
         start = window.tell()
         return start if start < window.stop else self._nbytes
 
-    def allocate(self, nbytes: int, *, partial: bool = False) -> slice:
-        if type(nbytes) is not int or nbytes < 1:
-            nbytes = self._check(nbytes)
+    def _take(self, nbytes: int, partial: bool) -> tuple[int, int]:
         if nbytes > self._nbytes:
             if not partial:
                 raise OutOfSpaceError(nbytes, *self._measure())
@@ -268,15 +269,15 @@ class ConcurrentAllocator(Allocator):
             except OverflowError:  # many absurd requests at once: past the window, and not the first to be
                 stop = window.stop + step
             if stop < window.stop:
-                return slice(stop - step, stop)
+                return stop - step, stop
             if (found := self._turn(window, stop - step, nbytes, partial)) is not None:
                 return found
 
-    def _turn(self, window: "_Window", start: int, nbytes: int, partial: bool) -> slice | None:
+    def _turn(self, window: "_Window", start: int, nbytes: int, partial: bool) -> tuple[int, int] | None:
         """Go on from a window whose stop was reached. None means: try again on the current one."""
         if start < window.stop:
             with self._lock:
-                found = slice(start, window.stop) if partial or nbytes <= window.stop - start else None
+                found = (start, window.stop) if partial or nbytes <= window.stop - start else None
                 if found is None:
                     heapq.heappush(self._holes, (start - window.stop, start, window.stop))
                 self._open_next(window)
@@ -296,7 +297,7 @@ class ConcurrentAllocator(Allocator):
             cut = min(start + align_up(nbytes), stop)
             if cut < stop:
                 heapq.heappush(self._holes, (cut - stop, cut, stop))
-            return slice(start, cut)
+            return start, cut
 
     def _open_next(self, window: "_Window") -> None:
         """Open the largest hole as the next window, once. The lock is held."""

@@ -1,15 +1,16 @@
-"""Ledger: which receipts stand, and which of them are durable.
+"""Ledger: what was written and stands, and how much of it is durable.
 
-Group commit: one sync covers every receipt that was recorded before it began. A sync that failed poisons the
-ledger for good, since the kernel reports success the second time and the data is gone. This module knows
-receipts and a callable that syncs; nothing of files.
+A log of fixed-size records in the order of the exits; the last record of a range wins. Each record draws a sequence
+number, and one sync covers every number drawn before it began (group commit), so a flush costs the same for any
+number of receipts. A sync that failed poisons the ledger for good: the kernel reports success the second time and
+the data is gone. This module knows extents and a callable that syncs; nothing of files.
 """
 
 import errno
+import itertools
+import struct
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,10 @@ from blockstore.receipts import Extent, WriteReceipt
 RECEIPT = np.dtype([("start", "<u8"), ("stop", "<u8"), ("nbytes", "<u8"), ("tag", "<u8"), ("durable", "?")])
 """The dtype of `BlockStore.receipts`."""
 
-_new: Callable[[type[Any]], Any] = object.__new__
+_RECORD = np.dtype([("start", "<u8"), ("stop", "<u8"), ("nbytes", "<u8"), ("tag", "<u8"), ("sequence", "<u8")])
+_pack = struct.Struct("<5Q").pack
+_REVOKED = 0  # as `stop` of a record
+_COMPACT_MIN = 10_000
 
 
 class Ledger:
@@ -34,53 +38,60 @@ class Ledger:
 
     def __init__(self, sync: Callable[[], None]) -> None:
         self._sync = sync
-        self._standing: dict[int, WriteReceipt] = {}
-        self._unflushed: deque[WriteReceipt] = deque()
+        self._draw = itertools.count().__next__
+        self._log: list[bytes] = []  # each item one record or more
         self._flushing = threading.Lock()
+        self._flushed = 0  # items of the log that a flush has covered
+        self._compacted = 0  # records in the first of them
         self._failure: OSError | None = None
+        self.durable_below = 0
+        """Records with a smaller sequence number are durable."""
 
-    def __len__(self) -> int:
-        return len(self._standing)
+    def record(self, extent: Extent) -> int:
+        """Note that a writer of `extent` has just left, and return its sequence number. The caller holds the claim."""
+        sequence = self._draw()
+        self._log.append(_pack(extent._start, extent._stop, extent._nbytes, extent._tag, sequence))
+        return sequence
 
-    def issue(self, extent: Extent) -> WriteReceipt:
-        """Make and keep the receipt of a writer that has just left. The caller holds the claim of its range."""
-        receipt: WriteReceipt = _new(WriteReceipt)
-        receipt._owner = extent._owner
-        receipt._start = start = extent._start
-        receipt._stop = extent._stop
-        receipt._nbytes = extent._nbytes
-        receipt._tag = extent._tag
-        receipt._durable = receipt._revoked = False
-        self._standing[start] = receipt
-        self._unflushed.append(receipt)
-        return receipt
-
-    def revoke(self, receipt: WriteReceipt) -> None:
-        """Void a receipt. The caller holds the claim of its range."""
-        receipt._revoked = True
-        self._standing.pop(receipt._start, None)
+    def revoke(self, extent: Extent) -> None:
+        """Void what was recorded of `extent`. The caller holds its claim."""
+        self._log.append(_pack(extent._start, _REVOKED, 0, 0, self._draw()))
 
     def flush(self, wanted: Sequence[WriteReceipt] | None) -> int:
-        """Make `wanted` durable, or all; return how many receipts became so. See `BlockStore.flush`."""
+        """Make `wanted` durable, or all; return how many records were covered. See `BlockStore.flush`."""
         with self._flushing:
-            nothing = not self._unflushed if wanted is None else all(receipt._durable for receipt in wanted)
-            if nothing and self._failure is None:
+            done = self._flushed == len(self._log) if wanted is None else all(receipt.durable for receipt in wanted)
+            if done and self._failure is None:
                 return 0
-            count = len(self._unflushed)  # what is recorded from here on waits for the next sync
+            items = len(self._log)
+            below = self._draw()  # what is recorded from here on waits for the next sync
             self._sync_or_poison()
-            for _ in range(count):
-                self._unflushed.popleft()._durable = True
-            return count
+            self.durable_below = below
+            covered, self._flushed = items - self._flushed, items
+            self._compact(items)
+            return covered
 
     def sync(self) -> None:
-        """Sync, whether or not a receipt waits for it."""
+        """Sync, whether or not a record waits for it."""
         with self._flushing:
             self._sync_or_poison()
 
     def as_array(self) -> NDArray[np.void]:
         """Return the receipts that stand, in order of `start`. See `BlockStore.receipts`."""
-        standing = sorted(self._standing.copy().values(), key=lambda receipt: receipt._start)
-        return np.array([(r._start, r._stop, r._nbytes, r._tag, r._durable) for r in standing], RECEIPT)
+        below = self.durable_below
+        records = _replay(self._log.copy())
+        receipts = np.empty(records.shape, RECEIPT)
+        for name in ("start", "stop", "nbytes", "tag"):
+            receipts[name] = records[name]
+        receipts["durable"] = records["sequence"] < below
+        return receipts
+
+    def _compact(self, items: int) -> None:
+        """Replace the items that were flushed by one, when there are twice as many records as last time."""
+        if items > _COMPACT_MIN + self._compacted:
+            standing = _replay(self._log[:items])
+            self._log[:items] = [standing.tobytes()]
+            self._flushed, self._compacted = 1, len(standing)
 
     def _sync_or_poison(self) -> None:
         if self._failure is not None:
@@ -94,3 +105,14 @@ class Ledger:
             raise PoisonedStoreError(
                 error.errno or errno.EIO, f"the sync failed ({error}): what was not durable may be lost"
             ) from error
+
+
+def _replay(log: list[bytes]) -> NDArray[np.void]:
+    """Return the last record of each range that is not revoked, in order of `start`."""
+    records = np.frombuffer(b"".join(log), _RECORD)
+    order = np.argsort(records["start"], kind="stable")
+    starts = records["start"][order]
+    last = np.flatnonzero(np.append(starts[1:] != starts[:-1], True)) if len(starts) else order
+    standing: NDArray[np.void] = records[order[last]]
+    stands: NDArray[np.bool_] = standing["stop"] != _REVOKED
+    return standing[stands]

@@ -24,8 +24,9 @@ from blockstore.errors import (
     SpentRangeError,
     WriterBusyError,
 )
+from blockstore.ledger import Ledger
 from blockstore.mapped import MappedFile
-from blockstore.receipts import Extent, WriteReceipt
+from blockstore.receipts import Extent, WriteReceipt, receipt_of
 from blockstore.views import BYTE, Layout, Loan, check_layout
 
 __all__ = ["ALIGNMENT", "AllocatedRange", "Owner", "WriteReceipt", "align_down", "align_up", "allocated"]
@@ -38,18 +39,17 @@ class Owner(Protocol):
     """What a range needs of the store it belongs to."""
 
     _mapped: MappedFile
+    _ledger: Ledger
     _claims: dict[int, object]
     """A token of each open writer, by the start of its range. Changed by `setdefault` and `pop` only: atomic."""
     _down: str | None
     """Why nothing may be done any more, or None."""
     _escaped: str
     """What to do about escaped views: ``"warn"``, ``"raise"`` or ``"ignore"``."""
-    _writer: "Callable[[AllocatedRange, Layout | None, bool], AbstractContextManager[NDArray[Any]]]"
-    """Makes the context manager of one write."""
-    _issue: "Callable[[AllocatedRange], WriteReceipt]"
-    """Makes and keeps the receipt of a clean exit."""
-    _revoke: "Callable[[WriteReceipt], None]"
-    """Voids a receipt before its range is opened for rewriting."""
+
+    @property
+    def _writer(self) -> "Callable[[AllocatedRange, Layout | None, bool], AbstractContextManager[NDArray[Any]]]":
+        """Makes the context manager of one write."""
 
     def _refuse(self) -> NoReturn:
         """Raise the error that says why the store is down."""
@@ -75,13 +75,11 @@ class AllocatedRange(Extent):
     >>> store.close()
     """
 
-    __slots__ = ("_layout", "_loan", "_receipt", "_spent", "_touched")
+    __slots__ = ("_bar", "_layout", "_touched")
 
     _owner: Owner
     _layout: Layout | None
-    _receipt: WriteReceipt | None
-    _loan: Loan | None
-    _spent: str | None
+    _bar: str | Loan | None  # why it is spent, or whose views have escaped
     _touched: bool
 
     def __init__(self) -> None:
@@ -90,7 +88,8 @@ class AllocatedRange(Extent):
     @property
     def receipt(self) -> WriteReceipt | None:
         """The receipt of the last clean exit, or None while the range is not written."""
-        return self._receipt
+        sequence = self._sequence
+        return None if sequence is None else receipt_of(self, sequence)
 
     def writer(
         self,
@@ -164,8 +163,8 @@ class AllocatedRange(Extent):
             self._touched = True
             if not self._owner._mapped.put(array, self._start) or self._owner._down is not None:
                 self._owner._refuse()
-            self._receipt = receipt = self._owner._issue(self)
-            return receipt
+            self._sequence = sequence = self._owner._ledger.record(self)
+            return receipt_of(self, sequence)
         finally:
             self._owner._claims.pop(self._start, None)
 
@@ -188,9 +187,9 @@ class AllocatedRange(Extent):
         owner = self._owner
         if owner._down is not None:
             owner._refuse()
-        if self._receipt is None and self._spent is not _REFERENCE:
-            if self._spent is not None:
-                raise SpentRangeError(f"cannot read {self._where()}: {self._spent}")
+        if self._sequence is None and self._bar is not _REFERENCE:
+            if isinstance(self._bar, str):
+                raise SpentRangeError(f"cannot read {self._where()}: {self._bar}")
             raise NotWrittenError(f"cannot read {self._where()}: no writer has left it cleanly")
         shape, dtype = self._layout or ((self._nbytes,), BYTE)
         return np.ndarray(shape, dtype, owner._mapped.frozen, self._start)
@@ -243,7 +242,7 @@ class AllocatedRange(Extent):
         cut = align(offset)
         self._claim(object(), rewrite=False)
         try:
-            self._spent = _SPLIT
+            self._bar = _SPLIT
         finally:
             self._owner._claims.pop(self._start, None)
         middle = min(self._start + cut, self._stop)
@@ -258,42 +257,38 @@ class AllocatedRange(Extent):
 
     def _claim(self, token: object, rewrite: bool) -> None:
         """Become the one writer of this range, or say why not. `token` is an object that nobody else has."""
-        if self._owner._claims.setdefault(self._start, token) is not token:
+        owner = self._owner
+        if owner._claims.setdefault(self._start, token) is not token:
             raise WriterBusyError(f"cannot write {self._where()}: another writer is inside")
-        if (
-            self._receipt is not None
-            or self._spent is not None
-            or self._loan is not None
-            or self._owner._down is not None
-        ):
+        if self._sequence is not None or self._bar is not None or owner._down is not None:
             try:
                 self._admit(rewrite)
             except BaseException:
-                self._owner._claims.pop(self._start, None)
+                owner._claims.pop(self._start, None)
                 raise
 
     def _admit(self, rewrite: bool) -> None:
         """Check what stands against a writer that holds the claim; revoke the receipt of a rewrite."""
         if self._owner._down is not None:
             self._owner._refuse()
-        if self._spent is not None:
-            raise SpentRangeError(f"cannot write {self._where()}: {self._spent}")
-        if self._loan is not None and (count := self._loan.count()):
+        if isinstance(self._bar, str):
+            raise SpentRangeError(f"cannot write {self._where()}: {self._bar}")
+        if self._bar is not None and (count := self._bar.count()):
             raise EscapedViewError(self._start, self._stop, count, "no new writer while they live; drop them first")
-        self._loan = None
-        if self._receipt is not None:
+        self._bar = None
+        if self._sequence is not None:
             if not rewrite:
                 raise AlreadyWrittenError(
                     f"cannot write {self._where()}: it is written, and immutable unless rewrite=True is passed"
                 )
-            self._owner._revoke(self._receipt)
-            self._receipt = None
+            self._owner._ledger.revoke(self)
+            self._sequence = None
 
     def _where(self) -> str:
         return f"range [{self._start}, {self._stop})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._receipt is None and self._spent is not _REFERENCE:
+        if self._sequence is None and self._bar is not _REFERENCE:
             raise NotWrittenError(f"cannot pickle {self._where()}: only a written range travels, as a reference")
         return _reference, (self._owner, self._start, self._stop, self._nbytes, self._tag, self._layout)
 
@@ -304,15 +299,15 @@ class AllocatedRange(Extent):
         return self
 
     def __repr__(self) -> str:
-        if self._spent is not None:
-            state = "a reference" if self._spent is _REFERENCE else "spent"
+        if isinstance(self._bar, str):
+            state = "a reference" if self._bar is _REFERENCE else "spent"
         elif self._start in self._owner._claims:
             state = "being written"
-        elif self._receipt is not None:
-            state = "durable" if self._receipt._durable else "written"
+        elif (receipt := self.receipt) is not None:
+            state = "durable" if receipt.durable else "written"
         else:
             state = "fresh"
-        return f"<{self._text()}, {state}>"
+        return f"<AllocatedRange {self._text()}, {state}>"
 
 
 _new: Callable[[type[Any]], Any] = object.__new__
@@ -327,7 +322,7 @@ def allocated(owner: Owner, start: int, stop: int, nbytes: int, tag: int, layout
     r._nbytes = nbytes
     r._tag = tag
     r._layout = layout
-    r._receipt = r._loan = r._spent = None
+    r._sequence = r._bar = None
     r._touched = False
     return r
 
@@ -335,7 +330,7 @@ def allocated(owner: Owner, start: int, stop: int, nbytes: int, tag: int, layout
 def _reference(owner: Owner, start: int, stop: int, nbytes: int, tag: int, layout: Layout | None) -> AllocatedRange:
     """Rebuild a written range from its pickle: readable, and spent for writing."""
     r = allocated(owner, start, stop, nbytes, tag, layout)
-    r._spent = _REFERENCE
+    r._bar = _REFERENCE
     return r
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from blockstore import _os, live
-from blockstore.allocators import Allocator, ConcurrentAllocator, SequentialAllocator, UntilFull
+from blockstore.allocators import Allocator, ConcurrentAllocator, SequentialAllocator, UntilFull, check_nbytes
 from blockstore.errors import (
     ClosedStoreError,
     ForeignRangeError,
@@ -210,13 +210,11 @@ class BlockStore:
         self.allocator = options.allocator(self.nbytes)
         self._mapped = mapped
         self._ledger = Ledger(self._sync)
-        self._issue = self._ledger.issue
-        self._revoke = self._ledger.revoke
         self._claims: dict[int, object] = {}
         self._down: str | None = None
         self._escaped = options.escaped
         self._writer = DetachedWriter if options.sealing or options.access == "sparse" else Writer
-        self._allocate = self.allocator.allocate if mapped.writable else self._refuse_allocation
+        self._take = self.allocator._take if mapped.writable else self._refuse_taking
         live.add(self)
 
     @property
@@ -272,12 +270,11 @@ class BlockStore:
         layout = None
         if shape is not None or dtype is not None:
             nbytes, layout = _typed(nbytes, shape, dtype, partial)
-        elif type(nbytes) is not int:
-            nbytes = _integer(nbytes)
+        elif type(nbytes) is not int or nbytes < 1:
+            nbytes = check_nbytes(nbytes)
         if tag:
             tag = _check_tag(tag)
-        where = self._allocate(nbytes, partial=partial)
-        start, stop = where.start, where.stop
+        start, stop = self._take(nbytes, partial)
         return allocated(self, start, stop, nbytes if nbytes <= stop - start else stop - start, tag, layout)
 
     def allocate_many(
@@ -306,7 +303,7 @@ class BlockStore:
         if shape is not None or dtype is not None:
             each, layout = _typed(nbytes, shape, dtype, partial=False)
         else:
-            each = _integer(nbytes)
+            each = check_nbytes(nbytes)
         tag = _check_tag(tag)
 
         def make(start: int, stop: int) -> AllocatedRange:
@@ -418,7 +415,7 @@ class BlockStore:
         state = self._down or f'open "{self.mode}"'
         return (
             f"<BlockStore {Path(self.path).name!r}: {self.nbytes} bytes, {self.free} free, "
-            f"{len(self._ledger)} receipts, {state}>"
+            f"{len(self.receipts())} receipts, {state}>"
         )
 
     # -- what ranges, writers and raw access use ----------------------------------------------------
@@ -450,9 +447,10 @@ class BlockStore:
     def _own(self, receipt: WriteReceipt) -> WriteReceipt:
         if not isinstance(receipt, WriteReceipt):
             raise TypeError(f"flush takes receipts, not {receipt!r}")
-        if (owner := receipt._owner) is not self:
+        owner: object = receipt._extent._owner
+        if owner is not self:
             raise ForeignRangeError(f"{receipt!r} is of {owner!r}, not of {self!r}")
-        if receipt._revoked:
+        if receipt.revoked:
             raise RevokedReceiptError(f"{receipt!r} was voided by a rewrite of its range")
         return receipt
 
@@ -461,19 +459,19 @@ class BlockStore:
             self._mapped.start_writeback(0, self.nbytes)
         else:
             for receipt in wanted:
-                self._mapped.start_writeback(receipt._start, receipt._stop)
+                self._mapped.start_writeback(receipt.start, receipt.stop)
 
     def _shut(self, why: str) -> None:
         self._down = why
-        self._allocate = self._refuse_allocation
+        self._take = self._refuse_taking
         self._mapped.drop()
 
     def _disown(self) -> None:
         self._down = "inherited through a fork"
-        self._allocate = self._refuse_allocation
+        self._take = self._refuse_taking
         self._mapped.disown()
 
-    def _refuse_allocation(self, nbytes: int, *, partial: bool = False) -> slice:
+    def _refuse_taking(self, nbytes: int, partial: bool) -> tuple[int, int]:
         self._refuse_writing()
 
 
@@ -515,18 +513,11 @@ def _typed(
     if partial:
         raise LayoutError("a typed range is whole or not at all: partial=True takes nbytes only")
     layout = check_layout(shape, dtype, nbytes)
-    return layout_nbytes(layout) if nbytes is None else nbytes, layout
+    return check_nbytes(layout_nbytes(layout) if nbytes is None else nbytes), layout
 
 
 def _absolute(path: StrPath) -> str:
     return str(Path(os.fsdecode(path)).absolute())
-
-
-def _integer(nbytes: int | None) -> int:
-    try:
-        return operator.index(nbytes)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"give nbytes as an int, or a shape and a dtype; nbytes is {nbytes!r}") from None
 
 
 def _check_tag(tag: int) -> int:

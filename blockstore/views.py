@@ -32,6 +32,7 @@ from sys import getrefcount
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 from numpy.typing import DTypeLike, NDArray
 
 from blockstore.errors import DtypeError, LayoutError
@@ -104,13 +105,13 @@ class Loan:
     _root: NDArray[Any]
     _view: NDArray[Any]
 
-    def lend(self, shape: Shape, dtype: np.dtype[Any], buffer: Any, offset: int) -> NDArray[Any]:
+    def lend(self, shape: Shape | int, dtype: np.dtype[Any], buffer: Any, offset: int) -> NDArray[Any]:
         """Return a writable C-ordered array over `buffer`, starting `offset` bytes into it.
 
         Shape and dtype are trusted: see `check_layout`. NumPy still refuses what passes the buffer's end.
         """
-        self._root = np.ndarray(shape, dtype, buffer, offset)
-        self._view = view = self._root[...]
+        self._root = ndarray(shape, dtype, buffer, offset)
+        self._view = view = self._root.view()
         return view
 
     def take_back(self) -> bool:

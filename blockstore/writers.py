@@ -63,7 +63,7 @@ class Writer(Loan):
                 self._leave(kind, stacklevel=3)
             else:
                 r._layout = self._layout
-                r._receipt = owner._issue(r)
+                r._sequence = owner._ledger.record(r)
         finally:
             owner._claims.pop(r._start, None)
 
@@ -73,7 +73,7 @@ class Writer(Loan):
         owner = r._owner
         count = self.count()
         if count:
-            r._loan = self
+            r._bar = self
         if kind is not None:
             return
         if owner._down is not None:
@@ -84,7 +84,7 @@ class Writer(Loan):
             text = f"{escaped_text(r._start, r._stop, count)}: {self._danger}"
             warnings.warn(text, EscapedViewWarning, stacklevel=stacklevel)
         r._layout = self._layout
-        r._receipt = owner._issue(r)
+        r._sequence = owner._ledger.record(r)
 
     _danger = "what is written through them from now on may reach the file"
 
