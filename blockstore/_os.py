@@ -25,6 +25,7 @@ import secrets
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ _MAP_NORESERVE = 0x4000
 _MAP_FIXED = 0x10
 _FS_IOC_GETVERSION = 0x80087601
 _MAX_NBYTES = 1 << 62
+_FDS = "/proc/self/fd"
 _BINARY = getattr(os, "O_BINARY", 0)
 
 if not PORTABLE:
@@ -229,7 +231,7 @@ def _reserve(file: File, nbytes: int, path: str) -> None:
 def _nameless(directory: str) -> Iterator[tuple[File, str | None]]:
     """Yield a new file, and its temporary name if it must have one; an error removes both."""
     name, fd = None, -1
-    if not PORTABLE:
+    if not PORTABLE and Path(_FDS).is_dir():
         try:
             fd = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o666)
         except OSError as error:
@@ -276,7 +278,7 @@ def _publish(file: File, name: str | None, path: str, directory: str, *, overwri
 
 def _link(file: File, name: str | None, path: str) -> None:
     if name is None:  # linkat(2): the way to name an O_TMPFILE; src_dir_fd makes Python call linkat
-        handle = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
+        handle = os.open(_FDS, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.link(str(file.fileno()), path, src_dir_fd=handle, follow_symlinks=True)
         finally:

@@ -21,24 +21,29 @@ class Store(Protocol):
         """Cut everything off from the file, and refuse all further use."""
 
 
-_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
+_stores: "weakref.WeakValueDictionary[int, Store]" = weakref.WeakValueDictionary()
 
 
 def add(store: Store) -> None:
     """Keep an eye on a store, for as long as it lives."""
-    _stores.add(store)
+    _stores[id(store)] = store
 
 
 def open_on(identity: tuple[int, ...]) -> list[Store]:
     """Return the stores that are open on one file."""
-    return [store for store in list(_stores) if store._down is None and store._mapped.identity == identity]
+    return [store for store in _alive() if store._mapped.identity == identity]
 
 
 def _disown_all() -> None:
     """Leave every store to the parent. Only the forking thread is left, so no lock may be taken."""
-    for store in list(_stores):
-        if store._down is None:
-            store._disown()
+    for store in _alive():
+        store._disown()
+
+
+def _alive() -> list[Store]:
+    """Return the stores that are open. Taking the list is one atomic step."""
+    stores = [reference() for reference in _stores.valuerefs()]
+    return [store for store in stores if store is not None and store._down is None]
 
 
 if hasattr(os, "register_at_fork"):

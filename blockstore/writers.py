@@ -71,9 +71,9 @@ class Writer(Loan):
         """Leave in any way but the plain one."""
         r = self._range
         owner = r._owner
-        count = self.count()
+        count = self.count(scan=owner._escaped != "ignore")
         if count:
-            r._bar = self
+            r._bar = self.pass_on()
         if kind is not None:
             return
         if owner._down is not None:
