@@ -3,12 +3,12 @@
 A `Loan` makes two arrays: a *root* over the buffer and a *view* of the root. Only the view is lent.
 NumPy collapses the base of every array derived from the view (a slice, a transpose, a field) to the
 root, so references to the root count what escaped, and the borrower's own name is not among them.
-What keeps the view itself instead (a memoryview, `numpy.lib.stride_tricks.as_strided`) looks like a mere
-alias in the counts and is told apart by asking the garbage collector. Reference counts differ between
+What keeps the view itself instead (a memoryview, `numpy.lib.stride_tricks.as_strided`, a masked array) looks
+like a mere alias in the counts and is told apart by asking the garbage collector. Reference counts differ between
 Pythons (3.14 borrows some), so the baseline is measured at import, by the code that is later used.
 
-CPython cannot revoke a pointer: finding is a diagnostic. Not found are raw addresses, DLPack capsules, and
-kernels that run on without the GIL. This module knows shapes, dtypes and buffers; nothing of files or ranges.
+CPython cannot revoke a pointer: finding is a diagnostic. Not found are raw addresses, DLPack capsules,
+`numpy.nditer`, and kernels that run on without the GIL. This module knows shapes, dtypes and buffers; nothing of files or ranges.
 
 Examples
 --------
@@ -127,7 +127,7 @@ class Loan:
         """
         count = max(getrefcount(self._root) - _ROOT_REFS, 0)
         if scan and getrefcount(self._view) > _VIEW_REFS:
-            count += sum(_shares_memory(holder) for holder in gc.get_referrers(self._view))
+            count += sum(map(_reaches_memory, gc.get_referrers(self._view))) + _subclass_views(self._view)
         return count
 
     def pass_on(self) -> "Loan":
@@ -138,14 +138,15 @@ class Loan:
         return loan
 
 
-def _shares_memory(holder: object) -> bool:
+def _reaches_memory(holder: object) -> bool:
     """Whether what holds a reference to an array also reaches its memory, as a mere alias does not."""
     kind = type(holder)
-    return (
-        isinstance(holder, (memoryview, np.ndarray))
-        or kind.__name__ == "managedbuffer"
-        or kind.__module__.partition(".")[0] in ("numpy", "ctypes", "_ctypes")
-    )
+    return kind.__name__ == "managedbuffer" or kind.__module__.partition(".")[0] in ("numpy", "ctypes", "_ctypes")
+
+
+def _subclass_views(view: NDArray[Any]) -> int:
+    """Count arrays of other types over `view`: NumPy does not collapse their base, nor tell the collector of it."""
+    return sum(isinstance(each, ndarray) and each.base is view for each in gc.get_objects())
 
 
 def _refs() -> tuple[int, int]:
