@@ -1,0 +1,54 @@
+# One command each. They need make and Python 3.11 or newer with venv and pip; the rest is installed into folders
+# named after the interpreter, once, and again when pyproject.toml changes: make test PYTHON=python3.13
+
+PYTHON ?= python3
+ID := $(shell $(PYTHON) -c 'import platform, sys; print(sys.implementation.name, platform.python_version() + sys.abiflags, sep="-")')
+VENV := .venv-$(or $(ID),missing)
+DEV := $(VENV)-dev/bin
+PYTEST := -m pytest -m "not slow"
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-optimized test-all lint format clean
+.SECONDARY:
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)-progress/.ready  ## pack a thousand files three ways, check every byte, print a table
+	$(VENV)-progress/bin/python -m blockstore demo
+
+test: lint  ## lint, types, the whole suite with the coverage gate; on plain maps, too
+	$(DEV)/coverage erase
+	$(DEV)/coverage run --parallel-mode $(PYTEST)
+	BLOCKSTORE_PORTABLE=1 $(DEV)/coverage run --parallel-mode $(PYTEST)
+	$(DEV)/coverage combine --quiet
+	$(DEV)/coverage report
+
+test-optimized: $(VENV)-dev/.ready  ## the suite under python -O, where no assert of the library would hold
+	$(DEV)/python -O $(PYTEST)
+
+test-all: test test-optimized  ## everything: test, test-optimized, and the slow tests
+	$(DEV)/python -m pytest -m slow || [ $$? -eq 5 ]
+
+lint: $(VENV)-dev/.ready  ## ruff, formatting and strict types
+	$(DEV)/ruff check .
+	$(DEV)/ruff format --check .
+	$(DEV)/mypy
+
+format: $(VENV)-dev/.ready  ## put the code in order
+	$(DEV)/ruff check --fix .
+	$(DEV)/ruff format .
+
+clean:  ## remove all that these commands make
+	rm -rf .venv-* .asv build dist *.egg-info .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(VENV)-NAME has the package as it lies here, with the extra NAME.
+$(VENV)-%/.ready: pyproject.toml
+	@[ -n "$(ID)" ] || { echo "$(PYTHON) does not run: name another with PYTHON=" >&2; exit 1; }
+	@echo "installing into $(@D), once"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+-include benchmarks/bench.mk
