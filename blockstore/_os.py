@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from blockstore.errors import LayoutError, NotRegularFileError
 
@@ -160,15 +159,18 @@ def advise(mapped: Map, access: str, start: int, stop: int) -> None:
         _libc.madvise(_address(mapped) + start, stop - start, ADVICE[access])
 
 
-def write_at(file: File, mapped: Map, data: NDArray[np.uint8], offset: int) -> None:
-    """Copy `data`, contiguous bytes, to `offset`, by ``pwrite`` where there is one."""
+def write_at(file: File, data: Any, offset: int) -> bool:
+    """Copy an array to `offset` by ``pwrite``; return False if there is none, or the array is no C-ordered buffer."""
     if PORTABLE:
-        mapped[offset : offset + data.nbytes] = data
-        return
-    left: Any = data
-    while left.nbytes:
-        done = os.pwrite(file.fileno(), left, offset)
-        left, offset = left[done:], offset + done
+        return False
+    nbytes = data.nbytes
+    try:
+        done = os.pwrite(file.fileno(), data, offset)
+    except (ValueError, BufferError):  # strided, or a dtype such as datetime64 that NumPy exports no buffer of
+        return False
+    while done < nbytes:
+        done += os.pwrite(file.fileno(), data.reshape(-1).view(np.uint8)[done:], offset + done)
+    return True
 
 
 def sync(file: File, mapped: Map) -> None:

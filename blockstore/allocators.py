@@ -321,7 +321,9 @@ class ConcurrentAllocator(Allocator):
                 if left is not None:
                     sizes = [-hole[0] for hole in self._holes]
                     return left + sum(sizes), max(left, *sizes[:1], 0)
-            window.settled.wait(_SETTLE_SECONDS)
+            if not window.settled.wait(_SETTLE_SECONDS):
+                with self._lock:
+                    self._open_next(window)
 
 
 _SETTLE_SECONDS = 10.0

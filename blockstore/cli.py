@@ -56,6 +56,7 @@ def run_demo(folder: Path, workers: int, rounds: int, keep: Path | None = None) 
     failures: dict[Path, str] = {}
     sources, empty = demo.find(folder, failures)
     if not sources:
+        _print_failures(failures)
         raise FileNotFoundError(f"nothing to pack: no file in {str(folder)!r} has a byte that can be read")
     timings: dict[str, list[float]] = {name: [] for name in demo.ROADS}
     packed: dict[str, dict[int, int]] = {}
@@ -73,8 +74,7 @@ def run_demo(folder: Path, workers: int, rounds: int, keep: Path | None = None) 
             if keep and name == "blockstore" and len(timings[name]) == rounds:
                 _keep(target, keep, {start: sources[index] for index, start in starts.items()})
     _print_table(sources, empty, workers, timings, packed)
-    for path, reason in failures.items():
-        print(f"not packed, or not every time: {path}: {reason}", file=sys.stderr)
+    _print_failures(failures)
     if failures:
         return 1
     print(f"Every byte was compared with its source after each of {rounds * len(timings)} runs.")
@@ -96,6 +96,11 @@ def _print_table(
         count, speed = len(packed[name]) + empty, nbytes / median / 1e9
         print(f"{name:<13} {count:>7} {nbytes:>14} {median:>8.3f} {speed:>6.2f}  {PROMISES[name]}")
     print()
+
+
+def _print_failures(failures: dict[Path, str]) -> None:
+    for path, reason in failures.items():
+        print(f"not packed, or not every time: {path}: {reason}", file=sys.stderr)
 
 
 def _keep(target: Path, path: Path, sources: dict[int, demo.Source]) -> None:

@@ -59,7 +59,7 @@ class Work:
         todo, done, shown = deque(enumerate(self.sources)), deque[int](), 0
 
         def work() -> None:
-            while todo:
+            while True:
                 try:
                     index, source = todo.popleft()
                 except IndexError:

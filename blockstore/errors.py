@@ -207,3 +207,7 @@ class NotRegularFileError(BlockStoreError, OSError):
 
 class PoisonedStoreError(BlockStoreError, OSError):
     """An earlier sync failed, so the kernel may have dropped data: reopen the store to go on."""
+
+
+for _name in __all__:  # so that tracebacks say the public name
+    globals()[_name].__module__ = "blockstore"

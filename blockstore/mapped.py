@@ -5,7 +5,6 @@ large views are lent and whose parts are cut off from the file one by one. This 
 from the start of the file; nothing of ranges or receipts.
 """
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,15 @@ COPY_MAX_NBYTES = 1 << 16
 
 Any other copy goes through ``pwrite``, which takes no page fault."""
 
-WINDOW_MIN_NBYTES = 1 << 22
-"""Bytes from which a sealed view is a window; below, a private buffer that is copied is cheaper."""
+VIEW_MIN_NBYTES = 1 << 22
+"""Bytes from which a view on a map pays where a private array would do, too."""
 
 WINDOWS_MAX = 16_000
-"""Windows a process may seal. Each can split a map in three, and Linux allows 65,530 (``vm.max_map_count``)."""
+"""Windows that the stores of a process may have sealed at once. Each can split a map in three, and Linux allows
+65,530 mappings (``vm.max_map_count``). A store that is closed gives its windows back."""
 
-_windows = itertools.count()
+_HUGE = 1 << 21
+_windows_left = [None] * WINDOWS_MAX  # only popped and appended to: atomic
 
 
 def _read_only(mapped: Any) -> NDArray[np.uint8]:
@@ -49,13 +50,27 @@ class MappedFile:
         Bytes up to which `put` goes through the map.
     """
 
-    __slots__ = ("_file", "copy_max", "frozen", "identity", "map", "nbytes", "windows", "writable", "zeroed")
+    __slots__ = (
+        "_file",
+        "_taken",
+        "advice",
+        "copy_max",
+        "frozen",
+        "identity",
+        "map",
+        "nbytes",
+        "windows",
+        "writable",
+        "zeroed",
+    )
 
     def __init__(
         self, file: _os.File, *, writable: bool, zeroed: bool, dense: bool, advice: str | None, sealing: bool
     ) -> None:
         self._file: _os.File | None = file
         self.identity = _os.identity(file)
+        self._taken: list[None] = []
+        self.advice = advice
         self.writable = writable
         self.zeroed = zeroed
         self.copy_max = COPY_MAX_NBYTES if dense and not sealing else 0
@@ -74,19 +89,33 @@ class MappedFile:
         file, shared = self._file, self.map
         if file is None or shared is None:
             return False
-        if data.nbytes <= self.copy_max or not data.flags.c_contiguous:
+        if data.nbytes <= self.copy_max or not _os.write_at(file, data, start):
             np.copyto(np.ndarray(data.shape, data.dtype, shared, start), data)
-        else:
-            _os.write_at(file, shared, data.reshape(-1).view(np.uint8), start)
         return True
 
-    def get(self, buffer: bytearray, start: int) -> None:
-        """Fill a buffer with what the file holds from `start`."""
-        np.frombuffer(buffer, np.uint8)[:] = self.frozen[start : start + len(buffer)]
+    def prepare_view(self, start: int, stop: int) -> bool:
+        """Whether ``[start, stop)`` should be lent as a view on the map though access is sparse: with huge pages."""
+        if stop - start < VIEW_MIN_NBYTES or (shared := self.map) is None:
+            return False
+        self._advise_huge(shared, start, stop)
+        return True
 
-    def take_window(self, nbytes: int) -> bool:
-        """Whether a view of this size may be lent from `windows`, to be sealed later."""
-        return self.windows is not None and nbytes >= WINDOW_MIN_NBYTES and next(_windows) < WINDOWS_MAX
+    def take_window(self, start: int, stop: int) -> bool:
+        """Whether ``[start, stop)`` may be lent from `windows`, to be sealed later."""
+        windows = self.windows
+        if windows is None or stop - start < VIEW_MIN_NBYTES:
+            return False
+        try:
+            self._taken.append(_windows_left.pop())
+        except IndexError:
+            return False
+        self._advise_huge(windows, start, stop)
+        return True
+
+    def _advise_huge(self, mapped: _os.Map, start: int, stop: int) -> None:
+        """Ask for huge pages around ``[start, stop)``, if the map as a whole has none; they work on whole ones only."""
+        if self.advice != "dense":
+            _os.advise(mapped, "dense", start // _HUGE * _HUGE, min(-(-stop // _HUGE) * _HUGE, self.nbytes))
 
     def seal(self, start: int, stop: int) -> None:
         """Cut bytes ``[start, stop)`` of the windows off from the file. Dropping has done so for all of them."""
@@ -111,6 +140,8 @@ class MappedFile:
         """Seal the windows and let go. The file is closed, and its maps unmapped, when nothing uses them any more."""
         if self.windows is not None:
             self.seal(0, self.nbytes)
+            _windows_left.extend(self._taken)
+            self._taken.clear()
         self._file = self.map = self.windows = None
 
     def disown(self) -> None:

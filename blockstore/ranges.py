@@ -336,18 +336,19 @@ def _reference(owner: Owner, start: int, stop: int, nbytes: int, tag: int, layou
 
 def _as_array(data: Any, layout: Layout | None, nbytes: int) -> NDArray[Any]:
     """Return `data` as an array that fills a range of `nbytes` bytes exactly."""
-    if isinstance(data, np.ndarray) or hasattr(data, "__array__"):
-        array = np.asarray(data)
+    if type(data) is np.ndarray or hasattr(data, "__array__"):
+        array: NDArray[Any] = np.asarray(data)
         if array.dtype.hasobject:
             raise DtypeError(f"cannot write dtype {array.dtype}: it holds Python objects")
-        if layout is not None and array.dtype != layout[1]:
-            raise DtypeError(f"the range holds {layout[1]}, an array of {array.dtype} was given")
-        if layout is not None and array.shape != layout[0]:
-            raise LayoutError(f"the range has shape {layout[0]}, an array of shape {array.shape} was given")
+        if layout is not None:
+            if array.dtype != layout[1]:
+                raise DtypeError(f"the range holds {layout[1]}, an array of {array.dtype} was given")
+            if array.shape != layout[0]:
+                raise LayoutError(f"the range has shape {layout[0]}, an array of shape {array.shape} was given")
     else:
         try:
-            array = np.frombuffer(memoryview(data).cast("B"), BYTE)
-        except (TypeError, ValueError) as error:
+            array = np.frombuffer(data, BYTE)
+        except (TypeError, ValueError, BufferError) as error:
             raise TypeError(f"write() takes a contiguous bytes-like object or an array: {error}") from None
     if array.nbytes != nbytes:
         raise LengthError(nbytes, array.nbytes)

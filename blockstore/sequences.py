@@ -15,13 +15,15 @@ Examples
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blockstore.ranges import AllocatedRange, align_up
+from blockstore.alignment import align_up
+from blockstore.ranges import AllocatedRange, Owner, allocated
+from blockstore.views import Layout
 
 
 class RangeSequence(Sequence[AllocatedRange]):
@@ -35,13 +37,15 @@ class RangeSequence(Sequence[AllocatedRange]):
         Bytes of each range.
     """
 
-    __slots__ = ("_made", "_make", "nbytes", "starts")
+    __slots__ = ("_layout", "_made", "_owner", "_tag", "nbytes", "starts")
 
-    def __init__(self, starts: NDArray[np.int64], nbytes: int, make: Callable[[int, int], AllocatedRange]) -> None:
+    def __init__(self, owner: Owner, starts: NDArray[np.int64], nbytes: int, tag: int, layout: Layout | None) -> None:
         starts.setflags(write=False)
         self.starts = starts
         self.nbytes = nbytes
-        self._make = make
+        self._owner = owner
+        self._tag = tag
+        self._layout = layout
         self._made: dict[int, AllocatedRange] = {}
 
     def __len__(self) -> int:
@@ -57,10 +61,18 @@ class RangeSequence(Sequence[AllocatedRange]):
         at = operator.index(index)
         if not -len(self) <= at < len(self):
             raise IndexError(f"index {at} is out of bounds for {len(self)} ranges")
-        start = int(self.starts[at])
+        return self._touch(int(self.starts[at]))
+
+    def __iter__(self) -> Iterator[AllocatedRange]:
+        return map(self._touch, self.starts.tolist())
+
+    def _touch(self, start: int) -> AllocatedRange:
+        """Return the range at `start`, the same object every time."""
         if (made := self._made.get(start)) is not None:
             return made
-        return self._made.setdefault(start, self._make(start, start + align_up(self.nbytes)))
+        stop = min(start + align_up(self.nbytes), self._owner._mapped.nbytes)
+        made = allocated(self._owner, start, stop, self.nbytes, self._tag, self._layout)
+        return self._made.setdefault(start, made)
 
     def __repr__(self) -> str:
         return f"<RangeSequence: {len(self)} ranges of {self.nbytes} bytes from {self.starts[0]}>"

@@ -20,7 +20,7 @@ Examples
 import operator
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
@@ -46,7 +46,7 @@ from blockstore.ranges import AllocatedRange, WriteReceipt, allocated
 from blockstore.raw import RawStore
 from blockstore.sequences import RangeSequence
 from blockstore.views import Layout, check_layout, layout_nbytes
-from blockstore.writers import DetachedWriter, Writer
+from blockstore.writers import DetachedWriter, Writer, sparse_writer
 
 StrPath = str | os.PathLike[str]
 Access = Literal["dense", "sparse"]
@@ -219,7 +219,9 @@ class BlockStore:
         self._claims: dict[int, object] = {}
         self._down: str | None = None
         self._escaped = options.escaped
-        self._writer = DetachedWriter if options.sealing or options.access == "sparse" else Writer
+        self._writer: Callable[[AllocatedRange, Layout | None, bool], Writer] = (
+            DetachedWriter if options.sealing else sparse_writer if options.access == "sparse" else Writer
+        )
         self._take = self.allocator._take if mapped.writable else self._refuse_taking
         live.add(self)
 
@@ -236,6 +238,7 @@ class BlockStore:
     @property
     def raw(self) -> RawStore:
         """Bytes at offsets, without ranges, writers or receipts."""
+        self._mapped.zeroed = False  # whoever asks may write anywhere, and views show what the file holds
         return RawStore(self)
 
     def allocate(
@@ -311,11 +314,7 @@ class BlockStore:
         else:
             each = check_nbytes(nbytes)
         tag = _check_tag(tag)
-
-        def make(start: int, stop: int) -> AllocatedRange:
-            return allocated(self, start, min(stop, self.nbytes), each, tag, layout)
-
-        return RangeSequence(self.allocator.allocate_many(count, each), each, make)
+        return RangeSequence(self, self.allocator.allocate_many(count, each), each, tag, layout)
 
     def ranges(self, nbytes: int, *, tag: int = 0) -> Iterator[AllocatedRange]:
         """Iterate over ranges of `nbytes` bytes until the space is used up.

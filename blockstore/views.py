@@ -8,7 +8,8 @@ like a mere alias in the counts and is told apart by asking the garbage collecto
 Pythons (3.14 borrows some), so the baseline is measured at import, by the code that is later used.
 
 CPython cannot revoke a pointer: finding is a diagnostic. Not found are raw addresses, DLPack capsules,
-`numpy.nditer`, and kernels that run on without the GIL. This module knows shapes, dtypes and buffers; nothing of files or ranges.
+`numpy.nditer`, and kernels that run on without the GIL. This module knows shapes, dtypes and buffers; nothing of
+files or ranges.
 
 Examples
 --------
@@ -111,6 +112,13 @@ class Loan:
         Shape and dtype are trusted: see `check_layout`. NumPy still refuses what passes the buffer's end.
         """
         self._root = ndarray(shape, dtype, buffer, offset)
+        self._view = view = self._root.view()
+        return view
+
+    def lend_own(self, root: NDArray[Any]) -> NDArray[Any]:
+        """Lend an array that owns its memory."""
+        self._root = root
+        del root
         self._view = view = self._root.view()
         return view
 

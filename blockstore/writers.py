@@ -96,13 +96,13 @@ class DetachedWriter(Writer):
     """Lends memory that cannot reach the file after the exit, not even through a raw address.
 
     With ``guard="seal"``, a large range that nobody tried before is lent as a window on a map, which the exit
-    replaces by a private copy-on-write mapping. Any other range, and each one with ``access="sparse"``, is lent as
-    a private buffer, which a clean exit writes to the file.
+    replaces by a private copy-on-write mapping. Any other range, and a small one with ``access="sparse"``, is lent
+    as a private array, which a clean exit writes to the file.
     """
 
-    __slots__ = ("_buffer",)
+    __slots__ = ("_window",)
 
-    _buffer: bytearray | None
+    _window: bool
     _danger = "what is written through them from now on is lost"
 
     def __enter__(self) -> NDArray[Any]:
@@ -112,13 +112,12 @@ class DetachedWriter(Writer):
         r._claim(object(), self._rewrite)
         try:
             untouched, r._touched = not r._touched, True
-            if untouched and mapped.take_window(r._stop - r._start):
-                self._buffer = None
+            self._window = untouched and mapped.take_window(r._start, r._stop)
+            if self._window:
                 return self.lend(shape, dtype, mapped.windows, r._start)
-            self._buffer = bytearray(r._nbytes)
-            if not (untouched and mapped.zeroed):
-                mapped.get(self._buffer, r._start)
-            return self.lend(shape, dtype, self._buffer, 0)
+            if untouched and mapped.zeroed:
+                return self.lend_own(np.zeros(shape, dtype))
+            return self.lend_own(np.ndarray(shape, dtype, mapped.frozen, r._start).copy())
         except BaseException:
             r._owner._claims.pop(r._start, None)
             raise
@@ -130,11 +129,17 @@ class DetachedWriter(Writer):
         mapped = r._owner._mapped
         try:
             self.take_back()
-            if self._buffer is None:
+            if self._window:
                 mapped.seal(r._start, r._stop)
             elif kind is None and r._owner._down is None:
-                mapped.put(np.frombuffer(self._buffer, np.uint8), r._start)
+                mapped.put(self._root, r._start)
             self._leave(kind, stacklevel=3)
         finally:
             r._owner._claims.pop(r._start, None)
-            self._buffer = None
+
+
+def sparse_writer(range_: AllocatedRange, layout: Layout | None, rewrite: bool) -> Writer:
+    """Make the writer of a sparsely filled store: of large ranges a view on huge pages, else a private array."""
+    if range_._owner._mapped.prepare_view(range_._start, range_._stop):
+        return Writer(range_, layout, rewrite)
+    return DetachedWriter(range_, layout, rewrite)
