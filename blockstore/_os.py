@@ -88,7 +88,8 @@ def new_file(path: str, nbytes: int, *, overwrite: bool, reserve: bool) -> Itera
 
     The file is made without a name, its space is reserved and synced, and when the body has left without an error it
     is linked to `path`, which fails if another creator was faster. With `overwrite` it replaces an existing regular
-    file in one step. Raises `OSError` or `LayoutError` with nothing left behind.
+    file in one step. Raises `OSError` or `LayoutError` with nothing left behind; only if the folder cannot be synced
+    after a replacement, the new file stays, since the old one is gone.
     """
     if not 0 < nbytes <= _MAX_NBYTES:
         raise LayoutError(f"a store takes 1 to 2**62 bytes, {nbytes} were asked for")
@@ -242,40 +243,50 @@ def _nameless(directory: str) -> Iterator[tuple[File, str | None]]:
     if fd < 0:
         name = _temporary(directory)
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    try:
-        yield File(fd), name
-    except BaseException:
-        if name is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-        raise
+    file = File(fd)
+    with _removed_on_error(name, file) if name is not None else contextlib.nullcontext():
+        yield file, name
 
 
 def _publish(file: File, name: str | None, path: str, directory: str, *, overwrite: bool) -> None:
-    """Give the new file its name: `link` never replaces, `replace` does so in one step."""
+    """Give the new file its name for good: `link` never replaces, `replace` does so in one step."""
     if overwrite:
         temporary = name or _temporary(directory)
-        if name is None:
-            _link(file, None, temporary)
-        try:
+        with _removed_on_error(temporary, file):
+            if name is None:
+                _link(file, None, temporary)
             os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
-    else:
-        try:
-            _link(file, name, path)
-        except FileExistsError:
-            raise _exists(path) from None
-        if name is not None and os.path.exists(name):
+        _sync_directory(directory)
+        return
+    try:
+        _link(file, name, path)
+    except FileExistsError:
+        raise _exists(path) from None
+    with _removed_on_error(path, file):
+        if name is not None and sys.platform != "win32":
             os.unlink(name)
+        _sync_directory(directory)
+
+
+def _sync_directory(directory: str) -> None:
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def _removed_on_error(path: str, file: File) -> Iterator[None]:
+    """Remove the name that `file` was given if the body fails, unless another file has it by now."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.lstat(path), os.fstat(file.fileno())):
+                os.unlink(path)
+        raise
 
 
 def _link(file: File, name: str | None, path: str) -> None:

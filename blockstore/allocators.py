@@ -260,8 +260,9 @@ class ConcurrentAllocator(Allocator):
         if nbytes > self._nbytes:
             if not partial:
                 raise OutOfSpaceError(nbytes, *self._measure())
-            nbytes = self._nbytes
-        step = (nbytes + _ROUND) & ~_ROUND
+            step = align_up(self._nbytes)
+        else:
+            step = (nbytes + _ROUND) & ~_ROUND
         while True:
             window = self._window
             try:

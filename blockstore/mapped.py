@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockstore import _os
+from blockstore.errors import ClosedStoreError
 
 COPY_MAX_NBYTES = 1 << 16
 """Bytes up to which a copy into a densely filled file goes through the map, whose huge pages are there already.
@@ -42,8 +43,8 @@ class MappedFile:
         The shared map; None once dropped.
     windows : memmap of uint8, shape (nbytes,), or None
         A second one, where parts can be sealed.
-    frozen : ndarray of uint8, shape (nbytes,)
-        The bytes of `map`, read-only for good.
+    frozen : ndarray of uint8, shape (nbytes,), or None
+        The bytes of `map`, read-only for good; None once dropped.
     zeroed : bool
         Whether every byte was zero when this object was made.
     copy_max : int
@@ -76,7 +77,7 @@ class MappedFile:
         self.copy_max = COPY_MAX_NBYTES if dense and not sealing else 0
         self.map: _os.Map | None = _os.map_file(file, writable=writable)
         self.nbytes = self.map.nbytes
-        self.frozen: NDArray[np.uint8] = _read_only(self.map)
+        self.frozen: NDArray[np.uint8] | None = _read_only(self.map)
         self.windows: _os.Map | None = None
         if sealing and writable and not _os.PORTABLE:
             self.windows = _os.map_file(file, writable=True)
@@ -123,13 +124,12 @@ class MappedFile:
         if file is not None and windows is not None:
             _os.seal(file, windows, start, stop)
 
-    def sync(self) -> bool:
-        """Return when the disk has every byte; False if it was dropped."""
+    def sync(self) -> None:
+        """Return when the disk has every byte."""
         file, shared = self._file, self.map
         if file is None or shared is None:
-            return False
+            raise ClosedStoreError("the store was closed before the sync")
         _os.sync(file, shared)
-        return True
 
     def start_writeback(self, start: int, stop: int) -> None:
         """Start writing ``[start, stop)`` to the disk, and wait for nothing."""
@@ -142,14 +142,14 @@ class MappedFile:
             self.seal(0, self.nbytes)
             _windows_left.extend(self._taken)
             self._taken.clear()
-        self._file = self.map = self.windows = None
+        self._file = self.map = self.windows = self.frozen = None
 
     def disown(self) -> None:
         """In a forked child: cut every map off from the file, which is the parent's, and let go."""
         if self._file is not None and self.writable and not _os.PORTABLE:
             for mapped in self._maps():
                 _os.seal(self._file, mapped, 0, self.nbytes)
-        self._file = self.map = self.windows = None
+        self._file = self.map = self.windows = self.frozen = None
 
     def _maps(self) -> list[_os.Map]:
         return [mapped for mapped in (self.map, self.windows) if mapped is not None]

@@ -185,14 +185,15 @@ class AllocatedRange(Extent):
             If the range was split, or the store is not usable.
         """
         owner = self._owner
-        if owner._down is not None:
+        frozen = owner._mapped.frozen
+        if owner._down is not None or frozen is None:
             owner._refuse()
         if self._sequence is None and self._bar is not _REFERENCE:
             if isinstance(self._bar, str):
                 raise SpentRangeError(f"cannot read {self._where()}: {self._bar}")
             raise NotWrittenError(f"cannot read {self._where()}: no writer has left it cleanly")
         shape, dtype = self._layout or ((self._nbytes,), BYTE)
-        return np.ndarray(shape, dtype, owner._mapped.frozen, self._start)
+        return np.ndarray(shape, dtype, frozen, self._start)
 
     def split_up(self, offset: int) -> "tuple[AllocatedRange | None, AllocatedRange | None]":
         """Split at ``align_up(start + offset)``; this range is spent.
@@ -273,7 +274,7 @@ class AllocatedRange(Extent):
             self._owner._refuse()
         if isinstance(self._bar, str):
             raise SpentRangeError(f"cannot write {self._where()}: {self._bar}")
-        if self._bar is not None and (count := self._bar.count()):
+        if self._bar is not None and (count := self._bar.count(named=False)):
             raise EscapedViewError(self._start, self._stop, count, "no new writer while they live; drop them first")
         self._bar = None
         if self._sequence is not None:

@@ -97,6 +97,7 @@ def create(
         If there is a file and no `overwrite`.
     OSError
         If the disk is full, the directory cannot be written, or the path is no regular file; nothing is left behind.
+        Only if the directory cannot be synced after an `overwrite`, the new file stays.
     ValueError
         If a size or an option is none of the above.
 
@@ -189,7 +190,7 @@ class BlockStore:
     """One file that many threads fill at once. Made by `create` and `open`, safe to share among threads.
 
     A context manager: leaving it flushes and closes. Ranges, arrays and receipts outlive the store; arrays stay
-    valid, everything else says that the store is closed. A store that crosses a ``fork`` goes on in the
+    valid, everything else says that the store is closed. An open store that crosses a ``fork`` goes on in the
     parent; in the child every use of it is refused, and what an inherited array is set to never reaches the file.
     It pickles as a reference: unpickling finds the store of this process, or opens the same file to read.
 
@@ -215,7 +216,7 @@ class BlockStore:
         self.mode = "r+" if mapped.writable else "r"
         self.allocator = options.allocator(self.nbytes)
         self._mapped = mapped
-        self._ledger = Ledger(self._sync)
+        self._ledger = Ledger(mapped.sync)
         self._claims: dict[int, object] = {}
         self._down: str | None = None
         self._escaped = options.escaped
@@ -408,8 +409,10 @@ class BlockStore:
 
     def __del__(self) -> None:
         if getattr(self, "_down", "never opened") is None:
-            warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
-            self.close()
+            try:
+                warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
+            finally:
+                self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._down is not None:
@@ -417,11 +420,11 @@ class BlockStore:
         return _reopen, (self.path, self._mapped.identity)
 
     def __repr__(self) -> str:
-        state = self._down or f'open "{self.mode}"'
-        return (
-            f"<BlockStore {Path(self.path).name!r}: {self.nbytes} bytes, {self.free} free, "
-            f"{len(self.receipts())} receipts, {state}>"
-        )
+        if self._down is None:
+            state = f'{self.free} free, {len(self.receipts())} receipts, open "{self.mode}"'
+        else:  # an allocator that crossed a fork may be locked for good
+            state = self._down
+        return f"<BlockStore {Path(self.path).name!r}: {self.nbytes} bytes, {state}>"
 
     # -- what ranges, writers and raw access use ----------------------------------------------------
 
@@ -440,14 +443,10 @@ class BlockStore:
     def _buffer(self, *, writable: bool) -> NDArray[np.uint8]:
         if self._down is not None or (writable and self.mode == "r"):
             self._refuse_writing()
-        shared = self._mapped.map
-        if shared is None:
+        shared, frozen = self._mapped.map, self._mapped.frozen
+        if shared is None or frozen is None:
             self._refuse()
-        return np.ndarray(self.nbytes, np.uint8, shared) if self.mode == "r+" else self._mapped.frozen
-
-    def _sync(self) -> None:
-        if not self._mapped.sync():
-            self._refuse()
+        return np.ndarray(self.nbytes, np.uint8, shared) if self.mode == "r+" else frozen
 
     def _own(self, receipt: WriteReceipt) -> WriteReceipt:
         if not isinstance(receipt, WriteReceipt):

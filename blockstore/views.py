@@ -127,14 +127,15 @@ class Loan:
         self._view.setflags(False)  # type: ignore[call-arg]  # numpy's stub wants a keyword, which is slower
         return getrefcount(self._root) > _ROOT_REFS or getrefcount(self._view) > _VIEW_REFS
 
-    def count(self, *, scan: bool = True) -> int:
+    def count(self, *, scan: bool = True, named: bool = True) -> int:
         """Count what else can reach the memory now.
 
-        O(1), unless the view itself has other holders: telling aliases from memoryviews among them asks the garbage
-        collector for every object alive, some milliseconds. `scan` says whether to.
+        O(1), unless the view has other holders than the borrower's own name, which is gone if not `named`. Telling
+        aliases from memoryviews among them asks the garbage collector for every object alive: some milliseconds,
+        unless not `scan`.
         """
         count = max(getrefcount(self._root) - _ROOT_REFS, 0)
-        if scan and getrefcount(self._view) > _VIEW_REFS:
+        if scan and getrefcount(self._view) > _VIEW_REFS - (not named):
             count += sum(map(_reaches_memory, gc.get_referrers(self._view))) + _subclass_views(self._view)
         return count
 
@@ -149,7 +150,7 @@ class Loan:
 def _reaches_memory(holder: object) -> bool:
     """Whether what holds a reference to an array also reaches its memory, as a mere alias does not."""
     kind = type(holder)
-    return kind.__name__ == "managedbuffer" or kind.__module__.partition(".")[0] in ("numpy", "ctypes", "_ctypes")
+    return kind.__name__ == "managedbuffer" or str(kind.__module__).partition(".")[0] in ("numpy", "ctypes", "_ctypes")
 
 
 def _subclass_views(view: NDArray[Any]) -> int:

@@ -1,0 +1,1156 @@
+"""A store hands out its file, makes receipts durable together, and never says so of what may be lost."""
+
+import errno
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import PORTABLE, contents, in_threads, run_python
+
+import blockstore as bs
+from blockstore import ALIGNMENT, AllocatedRange, BlockStore, align_up, ledger
+
+MIB = 1 << 20
+SYNC = "fsync" if PORTABLE else "fdatasync"
+"""The call of `os` that a flush waits for."""
+
+untimed = settings(deadline=None)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[BlockStore]:
+    with bs.create(tmp_path / "data.bin", MIB) as store:
+        yield store
+
+
+def hello(store: BlockStore, *, tag: int = 0) -> AllocatedRange:
+    r = store.allocate(5, tag=tag)
+    r.write(b"hello")
+    return r
+
+
+def receipt_of(r: AllocatedRange) -> bs.WriteReceipt:
+    assert r.receipt is not None
+    return r.receipt
+
+
+class Syncs:
+    """Stands in front of the sync of the system: counts the calls, and fails the ones it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self.failures: list[OSError] = []
+        self.before: Callable[[], object] = lambda: None
+        self._really = getattr(os, SYNC)
+        monkeypatch.setattr(os, SYNC, self)
+
+    def __call__(self, fd: int) -> None:
+        self.count += 1
+        self.before()
+        if self.failures:
+            raise self.failures.pop()
+        self._really(fd)
+
+
+@pytest.fixture
+def syncs(store: BlockStore, monkeypatch: pytest.MonkeyPatch) -> Syncs:
+    return Syncs(monkeypatch)
+
+
+# -- flush ----------------------------------------------------------------------------------------
+
+
+@untimed
+@given(steps=st.lists(st.sampled_from(["write", "rewrite", "fail to rewrite", "flush"]), max_size=30))
+def test_a_flush_says_how_many_receipts_it_made_durable(
+    steps: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with bs.create(tmp_path_factory.mktemp("flush") / "data.bin", MIB) as store:
+        durable: set[AllocatedRange] = set()
+        written: set[AllocatedRange] = set()
+        for step in [*steps, "flush"]:
+            if step == "write":
+                written.add(hello(store))
+            elif step == "flush":
+                assert store.flush() == len(written - durable)
+                durable = set(written)
+            elif written:
+                r = max(written, key=lambda r: r.start)
+                if step == "rewrite":
+                    r.write(b"HELLO", rewrite=True)
+                else:
+                    with pytest.raises(ZeroDivisionError), r.writer(rewrite=True):
+                        1 / 0
+                    written.discard(r)
+                durable.discard(r)
+
+
+def test_a_receipt_is_durable_when_the_flush_has_returned_and_not_before(store: BlockStore, syncs: Syncs) -> None:
+    receipt = receipt_of(hello(store))
+    states = [receipt.durable]
+    syncs.before = lambda: states.append(receipt.durable)
+
+    store.flush(receipt)
+
+    assert [*states, receipt.durable] == [False, False, True]
+
+
+def test_a_flush_covers_every_receipt_so_far(store: BlockStore) -> None:
+    ranges = [hello(store) for _ in range(3)]
+
+    count = store.flush(receipt_of(ranges[1]))
+
+    assert count == 3
+    assert [receipt_of(r).durable for r in ranges] == [True] * 3
+
+
+def test_a_receipt_that_was_made_during_a_sync_waits_for_the_next(store: BlockStore, syncs: Syncs) -> None:
+    first = hello(store)
+    late: list[AllocatedRange] = []
+    syncs.before = lambda: late.append(hello(store))
+
+    count = store.flush()
+
+    assert (count, receipt_of(first).durable, receipt_of(late[0]).durable) == (1, True, False)
+
+
+@pytest.mark.parametrize("wanted", ["all", "one", "several", "an iterator"])
+def test_a_flush_with_nothing_left_to_do_syncs_nothing(store: BlockStore, syncs: Syncs, wanted: str) -> None:
+    receipt = receipt_of(hello(store))
+    store.flush()
+    count = syncs.count
+
+    receipts: Any = {"all": None, "one": receipt, "several": [receipt], "an iterator": iter([receipt])}[wanted]
+
+    assert (store.flush(receipts), syncs.count) == (0, count)
+
+
+def test_a_sync_syncs_although_there_is_no_receipt(store: BlockStore, syncs: Syncs) -> None:
+    store.raw.write_at(0, b"hello")
+
+    store.sync()
+
+    assert syncs.count == 1
+
+
+def test_receipts_of_any_iterable_are_flushed(store: BlockStore) -> None:
+    receipts = [receipt_of(hello(store)) for _ in range(3)]
+
+    assert store.flush(receipt for receipt in receipts) == 3
+    assert all(receipt.durable for receipt in receipts)
+
+
+def test_no_receipts_at_all_are_no_error(store: BlockStore, syncs: Syncs) -> None:
+    hello(store)
+
+    assert (store.flush([]), syncs.count) == (0, 0)
+
+
+def test_starting_the_write_back_promises_nothing(store: BlockStore, syncs: Syncs) -> None:
+    receipt = receipt_of(hello(store))
+
+    counts = store.flush(wait=False), store.flush(receipt, wait=False)
+
+    assert (counts, receipt.durable, syncs.count) == ((0, 0), False, 0)
+
+
+def test_one_sync_covers_ten_thousand_receipts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with bs.create(tmp_path / "data.bin", 10_000 * ALIGNMENT, access="sparse") as store:
+        syncs = Syncs(monkeypatch)
+        for r in store.allocate_many(10_000, 5):
+            r.write(b"hello")
+
+        assert (store.flush(), syncs.count) == (10_000, 1)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_receipt_of_another_store_is_refused(store: BlockStore, tmp_path: Path, wait: bool) -> None:
+    mine = receipt_of(hello(store))
+    with bs.create(tmp_path / "other.bin", MIB) as other:
+        theirs = receipt_of(hello(other))
+
+        with pytest.raises(bs.ForeignRangeError, match=r"is of <BlockStore 'other\.bin'.*, not of .* 'data\.bin'"):
+            store.flush([mine, theirs], wait=wait)
+
+        assert (mine.durable, theirs.durable) == (False, False)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_revoked_receipt_is_refused(store: BlockStore, syncs: Syncs, wait: bool) -> None:
+    r = hello(store)
+    old = receipt_of(r)
+    new = r.write(b"HELLO", rewrite=True)
+
+    with pytest.raises(bs.RevokedReceiptError, match="was voided by a rewrite of its range"):
+        store.flush([new, old], wait=wait)
+
+    assert (new.durable, old.durable, syncs.count) == (False, False, 0)
+
+
+def test_a_receipt_that_was_durable_is_so_no_more_when_revoked(store: BlockStore) -> None:
+    r = hello(store)
+    old = receipt_of(r)
+    store.flush()
+
+    r.write(b"HELLO", rewrite=True)
+    store.flush()
+
+    assert (old.durable, old.revoked, receipt_of(r).durable) == (False, True, True)
+
+
+@pytest.mark.parametrize("wrong", [3, [None], ["receipt"], [object()]], ids=repr)
+def test_what_is_no_receipt_cannot_be_flushed(store: BlockStore, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"flush takes receipts|not iterable"):
+        store.flush(wrong)
+
+
+# -- a sync that fails ----------------------------------------------------------------------------
+
+
+def failing(store: BlockStore, syncs: Syncs) -> bs.WriteReceipt:
+    """Flush a store, and let the disk fail once."""
+    receipt = receipt_of(hello(store))
+    syncs.failures = [OSError(errno.EIO, "Input/output error")]
+    with pytest.raises(bs.PoisonedStoreError, match=r"the sync failed \(.*Input/output error\).* may be lost"):
+        store.flush()
+    return receipt
+
+
+@pytest.fixture
+def poisoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[BlockStore, Syncs, bs.WriteReceipt]]:
+    store = bs.create(tmp_path / "data.bin", MIB)
+    syncs = Syncs(monkeypatch)
+    hello(store)
+    store.flush()
+    yield store, syncs, failing(store, syncs)
+    if not store.closed:
+        with pytest.raises(bs.PoisonedStoreError):
+            store.close()
+
+
+Poisoned = tuple[BlockStore, Syncs, bs.WriteReceipt]
+
+
+def test_a_receipt_whose_sync_failed_is_not_durable(poisoned: Poisoned) -> None:
+    store, _, receipt = poisoned
+
+    assert not receipt.durable
+    assert store.receipts()["durable"].tolist() == [True, False]
+
+
+def test_what_was_durable_before_a_failed_sync_stays_so(poisoned: Poisoned) -> None:
+    assert poisoned[0].receipts()["durable"][0]
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        pytest.param(lambda store, receipt: store.flush(), id="flush"),
+        pytest.param(lambda store, receipt: store.flush(receipt), id="flush a receipt"),
+        pytest.param(lambda store, receipt: store.sync(), id="sync"),
+        pytest.param(lambda store, receipt: store.raw.flush_range(0, 1), id="raw.flush_range"),
+        pytest.param(lambda store, receipt: store.close(), id="close"),
+    ],
+)
+def test_a_sync_that_failed_is_never_retried(
+    poisoned: Poisoned, again: Callable[[BlockStore, bs.WriteReceipt], object]
+) -> None:
+    store, syncs, receipt = poisoned
+    count = syncs.count
+
+    with pytest.raises(OSError, match=r"an earlier sync failed .*: reopen the store") as refusal:
+        again(store, receipt)
+
+    assert isinstance(refusal.value, bs.PoisonedStoreError)
+    assert refusal.value.errno == errno.EIO
+    assert isinstance(refusal.value.__cause__, OSError)
+    assert (syncs.count, receipt.durable) == (count, False)
+
+
+def test_even_a_flush_with_nothing_to_do_tells_of_a_failed_sync(poisoned: Poisoned) -> None:
+    with pytest.raises(bs.PoisonedStoreError, match="an earlier sync failed"):
+        poisoned[0].flush([])
+
+
+def test_what_is_written_after_a_failed_sync_is_not_durable_either(poisoned: Poisoned) -> None:
+    store, _, _ = poisoned
+
+    late = receipt_of(hello(store))
+    with pytest.raises(bs.PoisonedStoreError, match="an earlier sync failed"):
+        store.flush(late)
+
+    assert not late.durable
+
+
+def test_a_poisoned_store_is_closed_all_the_same(poisoned: Poisoned) -> None:
+    store = poisoned[0]
+
+    with pytest.raises(bs.PoisonedStoreError, match="an earlier sync failed"):
+        store.close()
+
+    assert store.closed
+    with pytest.raises(bs.ClosedStoreError, match="is closed"):
+        store.allocate(1)
+
+
+def test_a_poisoned_store_can_be_opened_anew(poisoned: Poisoned) -> None:
+    store = poisoned[0]
+    with pytest.raises(bs.PoisonedStoreError):
+        store.close()
+
+    with bs.open(store.path, discard=True) as anew:
+        receipt = anew.allocate(5).write(b"HELLO")
+        anew.flush(receipt)
+        assert receipt.durable
+
+
+def test_a_failed_sync_without_receipts_poisons_the_store_as_well(store: BlockStore, syncs: Syncs) -> None:
+    syncs.failures = [OSError(errno.ENOSPC, "No space left on device")]
+    with pytest.raises(bs.PoisonedStoreError, match="No space left on device") as refusal:
+        store.sync()
+    assert refusal.value.errno == errno.ENOSPC
+
+    with pytest.raises(bs.PoisonedStoreError, match="an earlier sync failed"):
+        store.flush()
+    with pytest.raises(bs.PoisonedStoreError):
+        store.close()
+
+
+# -- what the system is asked to do ---------------------------------------------------------------
+
+TRACED = "fdatasync,fsync,sync_file_range"
+
+
+def traced(script: str, path: Path, *options: str) -> tuple[list[str], str]:
+    """Run a script under strace; return its calls that sync something, after the line that it writes to start."""
+    strace = shutil.which("strace")
+    if strace is None or PORTABLE:
+        pytest.skip("needs strace, and what only Linux has")
+    log = path.with_suffix(".log")
+    command = [strace, "-f", "-o", str(log), "-e", f"trace={TRACED},write", *options]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", script, str(path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if "ptrace" in done.stderr:
+        pytest.skip(f"nothing may be traced here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    text = log.read_text()
+    calls = re.findall(rf"\b({TRACED.replace(',', '|')})\(", text[text.index("to be traced") :])
+    return calls, done.stdout
+
+
+TEN_THOUSAND = """
+import os, sys
+import blockstore as bs
+store = bs.create(sys.argv[1], 10_000 * 4096, access="sparse")
+for r in store.allocate_many(10_000, 5):
+    r.write(b"hello")
+os.write(2, b"to be traced")
+print(store.flush({arguments}), flush=True)
+os._exit(0)
+"""
+
+
+def test_the_disk_is_asked_once_for_ten_thousand_receipts(tmp_path: Path) -> None:
+    calls, printed = traced(TEN_THOUSAND.format(arguments=""), tmp_path / "data.bin")
+
+    assert (calls, printed) == (["fdatasync"], "10000\n")
+
+
+def test_write_back_is_really_started(tmp_path: Path) -> None:
+    calls, printed = traced(TEN_THOUSAND.format(arguments="wait=False"), tmp_path / "data.bin")
+
+    assert (calls, printed) == (["sync_file_range"], "0\n")
+
+
+ONE_FAILURE = """
+import os, sys
+import blockstore as bs
+store = bs.create(sys.argv[1], 4096)
+receipt = store.allocate(5).write(b"hello")
+os.write(2, b"to be traced")
+for _ in range(2):
+    try:
+        store.flush()
+    except bs.PoisonedStoreError as error:
+        print(error.errno, receipt.durable, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_real_error_of_the_disk_is_reported_for_good(tmp_path: Path) -> None:
+    calls, printed = traced(ONE_FAILURE, tmp_path / "data.bin", "-e", "inject=fdatasync:error=EIO:when=1")
+
+    assert calls == ["fdatasync"]
+    assert printed == f"{errno.EIO} False\n" * 2
+
+
+# -- while a flush waits --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_disk(store: BlockStore, syncs: Syncs) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Return two events: the disk has begun to sync, and it may end."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        assert may_end.wait(60)
+
+    syncs.before = wait
+    yield begun, may_end
+    may_end.set()
+
+
+SlowDisk = tuple[threading.Event, threading.Event]
+
+
+def test_while_a_flush_waits_others_allocate_and_write(store: BlockStore, slow_disk: SlowDisk) -> None:
+    begun, may_end = slow_disk
+    first = hello(store)
+
+    with ThreadPoolExecutor(1) as pool:
+        flush = pool.submit(store.flush)
+        begun.wait(60)
+        ranges = in_threads(4, lambda tag: hello(store, tag=tag))
+        states = [flush.done(), receipt_of(first).durable, *(receipt_of(r).durable for r in ranges)]
+        may_end.set()
+
+        assert flush.result() == 1
+    assert states == [False] * 6
+    assert [bytes(r.read()) for r in ranges] == [b"hello"] * 4
+    assert [receipt_of(r).durable for r in (first, *ranges)] == [True, False, False, False, False]
+
+
+def test_a_second_flush_waits_for_the_first_and_covers_the_rest(
+    store: BlockStore, syncs: Syncs, slow_disk: SlowDisk
+) -> None:
+    begun, may_end = slow_disk
+    hello(store)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(store.flush)
+        begun.wait(60)
+        late = hello(store)
+        second = pool.submit(store.flush, receipt_of(late))
+        may_end.set()
+
+        assert (first.result(), second.result()) == (1, 1)
+    assert receipt_of(late).durable
+    assert syncs.count == 2
+
+
+def test_a_rewrite_during_a_sync_leaves_no_durable_receipt(store: BlockStore, syncs: Syncs) -> None:
+    r = hello(store)
+    old = receipt_of(r)
+    syncs.before = lambda: r.write(b"HELLO", rewrite=True)
+
+    store.flush(old)
+
+    assert (old.durable, old.revoked, receipt_of(r).durable) == (False, True, False)
+    assert store.receipts()["durable"].tolist() == [False]
+
+
+def test_flushes_of_many_threads_lose_no_receipt(tmp_path: Path) -> None:
+    with bs.create(tmp_path / "data.bin", 8 * 100 * ALIGNMENT, allocator="concurrent") as store:
+
+        def work(thread: int) -> int:
+            done = 0
+            for _ in range(10):
+                for _ in range(10):
+                    hello(store, tag=thread)
+                done += store.flush()
+            return done
+
+        counts = in_threads(8, work)
+
+        assert sum(counts) + store.flush() == 800
+        assert store.receipts()["durable"].all()
+
+
+# -- receipts -------------------------------------------------------------------------------------
+
+
+@untimed
+@given(rewrites=st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=40), flush_after=st.integers(0, 40))
+def test_receipts_are_an_array_of_what_stands(
+    rewrites: list[tuple[int, bool]], flush_after: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with bs.create(tmp_path_factory.mktemp("receipts") / "data.bin", MIB) as store:
+        ranges = [store.allocate(1 + 1000 * i, tag=2**64 - 1 - i) for i in range(10)]
+        durable: dict[int, bool] = {}
+        for step, (index, fails) in enumerate(rewrites):
+            if step == flush_after:
+                store.flush()
+                durable = dict.fromkeys(durable, True)
+            r = ranges[index]
+            durable.pop(index, None)
+            if fails:
+                with pytest.raises(ZeroDivisionError), r.writer(rewrite=True):
+                    1 / 0
+            else:
+                r.write(bytes(r.nbytes), rewrite=True)
+                durable[index] = False
+
+        rows = [(*_extent(ranges[index]), ranges[index].tag, durable[index]) for index in sorted(durable)]
+        assert store.receipts().tolist() == rows
+
+
+def _extent(r: AllocatedRange) -> tuple[int, int, int]:
+    return r.start, r.stop, r.nbytes
+
+
+def test_receipts_are_a_structured_array_and_a_copy(store: BlockStore) -> None:
+    hello(store, tag=2**64 - 1)
+
+    receipts = store.receipts()
+    receipts["durable"] = True
+
+    assert receipts.dtype == np.dtype(
+        [("start", "u8"), ("stop", "u8"), ("nbytes", "u8"), ("tag", "u8"), ("durable", "?")]
+    )
+    assert store.receipts().tolist() == [(0, 4096, 5, 2**64 - 1, False)]
+
+
+def test_without_receipts_the_array_is_empty(store: BlockStore) -> None:
+    assert store.receipts().shape == (0,)
+
+
+def test_receipts_can_be_had_after_closing(tmp_path: Path) -> None:
+    with bs.create(tmp_path / "data.bin", MIB) as store:
+        hello(store, tag=3)
+
+    assert store.receipts().tolist() == [(0, 4096, 5, 3, True)]
+
+
+def test_receipts_survive_that_the_log_is_compacted(store: BlockStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_COMPACT_MIN", 10)
+    ranges = [hello(store, tag=i) for i in range(20)]
+    for turn in range(5):
+        for r in ranges[turn:]:
+            r.write(b"HELLO", rewrite=True)
+        store.flush()
+        assert len(store._ledger._log) < 25
+    with pytest.raises(ZeroDivisionError), ranges[7].writer(rewrite=True):
+        1 / 0
+    ranges[3].write(b"Hello", rewrite=True)
+
+    expected = [(*_extent(r), tag, tag != 3) for tag, r in enumerate(ranges) if tag != 7]
+    assert store.receipts().tolist() == expected
+
+
+@pytest.mark.parametrize("tag", [0, 1, 2**63, 2**64 - 1, np.uint64(7)], ids=repr)
+def test_a_tag_has_64_bits(store: BlockStore, tag: int) -> None:
+    r = store.allocate(5, tag=tag)
+    r.write(b"hello")
+
+    assert (r.tag, receipt_of(r).tag, int(store.receipts()["tag"][0])) == (tag, tag, tag)
+
+
+@pytest.mark.parametrize("tag", [-1, 2**64, -(2**64)])
+@pytest.mark.parametrize("how", ["allocate", "allocate_many", "ranges"])
+def test_a_tag_of_more_than_64_bits_is_refused(store: BlockStore, how: str, tag: int) -> None:
+    calls: dict[str, Callable[[], object]] = {
+        "allocate": lambda: store.allocate(5, tag=tag),
+        "allocate_many": lambda: store.allocate_many(2, 5, tag=tag),
+        "ranges": lambda: next(store.ranges(5, tag=tag)),
+    }
+
+    with pytest.raises(ValueError, match=rf"a tag is 64 bits, 0 to 2\*\*64 - 1, not {tag}"):
+        calls[how]()
+
+    assert store.free == store.nbytes
+
+
+# -- ranges of one call ---------------------------------------------------------------------------
+
+
+def test_ranges_go_on_until_the_space_is_used_up(tmp_path: Path) -> None:
+    with bs.create(tmp_path / "data.bin", 20_000) as store:
+        ranges = list(store.ranges(8192, tag=3))
+
+        assert [(*_extent(r), r.tag) for r in ranges] == [
+            (0, 8192, 8192, 3),
+            (8192, 16384, 8192, 3),
+            (16384, 20_000, 3616, 3),
+        ]
+        assert store.free == 0
+
+
+@pytest.mark.parametrize("allocator", ["sequential", "concurrent"])
+def test_each_range_of_an_iterator_goes_to_one_thread(tmp_path: Path, allocator: Any) -> None:
+    with bs.create(tmp_path / "data.bin", 1000 * ALIGNMENT - 1, allocator=allocator) as store:
+        ranges = store.ranges(2 * ALIGNMENT)
+
+        def work(thread: int) -> list[AllocatedRange]:
+            mine = []
+            for r in ranges:
+                with r.writer() as a:
+                    a[:] = thread + 1
+                mine.append(r)
+            return mine
+
+        shares = in_threads(8, work)
+
+        starts = sorted(r.start for mine in shares for r in mine)
+        assert starts == list(range(0, 1000 * ALIGNMENT, 2 * ALIGNMENT))
+        for thread, mine in enumerate(shares):
+            assert all((r.read() == thread + 1).all() for r in mine)
+        assert b"\0" not in contents(store)
+
+
+@untimed
+@given(count=st.integers(1, 50), nbytes=st.integers(1, 3 * ALIGNMENT), data=st.data())
+def test_many_ranges_are_a_sequence_like_the_list_of_them(
+    count: int, nbytes: int, data: st.DataObject, arena: BlockStore
+) -> None:
+    rs = arena.allocate_many(count, nbytes, tag=5)
+    model = list(rs)
+
+    index = data.draw(st.integers(-count - 2, count + 1))
+    part = data.draw(st.slices(count))
+
+    assert [r.start for r in model] == rs.starts.tolist()
+    assert [(*_extent(r), r.tag) for r in model] == [
+        (start, start + align_up(nbytes), nbytes, 5) for start in rs.starts.tolist()
+    ]
+    assert (len(rs), rs[part], list(reversed(rs))) == (count, model[part], model[::-1])
+    try:
+        expected = model[index]
+    except IndexError:
+        with pytest.raises(IndexError, match=f"index {index} is out of bounds for {count} ranges"):
+            rs[index]
+    else:
+        assert rs[index] is expected
+        assert rs.index(expected) == index % count
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BlockStore]:
+    """A store with room for every example of a property."""
+    with bs.create(tmp_path_factory.mktemp("arena") / "data.bin", 1 << 32, reserve=False) as store:
+        yield store
+
+
+def test_many_ranges_are_made_when_they_are_touched(store: BlockStore) -> None:
+    rs = store.allocate_many(100, 5)
+
+    first = rs[7]
+
+    assert len(rs._made) == 1
+    assert rs[7] is first
+    assert rs[np.int8(7)] is first
+
+
+def test_a_range_of_many_is_the_same_object_in_every_thread(tmp_path: Path) -> None:
+    with bs.create(tmp_path / "data.bin", 2000 * ALIGNMENT, reserve=False) as store:
+        rs = store.allocate_many(2000, 5)
+
+        seen = in_threads(8, lambda _: list(rs))
+
+        assert all(a is b for mine in seen[1:] for a, b in zip(seen[0], mine, strict=True))
+
+
+def test_the_starts_of_many_ranges_cannot_be_changed(store: BlockStore) -> None:
+    rs = store.allocate_many(3, 5000)
+
+    with pytest.raises(ValueError, match="read-only"):
+        rs.starts[0] = 1
+
+
+def test_many_typed_ranges_are_typed_each(store: BlockStore) -> None:
+    rs = store.allocate_many(3, shape=(2, 3), dtype="f8")
+
+    with rs[1].writer() as a:
+        assert (a.shape, a.dtype) == ((2, 3), np.float64)
+    assert repr(rs) == "<RangeSequence: 3 ranges of 48 bytes from 0>"
+
+
+def test_the_last_of_many_ranges_may_end_with_the_file(tmp_path: Path) -> None:
+    with bs.create(tmp_path / "data.bin", 13_192) as store:
+        assert _extent(store.allocate_many(2, 5000)[-1]) == (8192, 13_192, 5000)
+        assert store.free == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        pytest.param({"count": 0, "nbytes": 5}, ValueError, "a count is at least 1, not 0", id="none"),
+        pytest.param({"count": 2, "nbytes": 0}, ValueError, "cannot allocate 0 bytes", id="empty"),
+        pytest.param({"count": 2}, TypeError, "a byte count is an int, not None", id="no size"),
+        pytest.param({"count": 2, "dtype": "f8"}, bs.LayoutError, "a dtype alone says no size", id="dtype only"),
+        pytest.param({"count": 257, "nbytes": 1}, bs.OutOfSpaceError, "1048576 bytes are free", id="too many"),
+        pytest.param({"count": 2**70, "nbytes": 2**70}, bs.OutOfSpaceError, "1048576 bytes are free", id="absurd"),
+    ],
+)
+def test_many_ranges_are_handed_out_all_or_none(
+    store: BlockStore, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        store.allocate_many(**arguments)
+
+    assert (store.free, store.allocator.next_start) == (MIB, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param({"shape": 0, "dtype": "f8"}, "cannot allocate 0 bytes", id="empty axis"),
+        pytest.param({"shape": (3, 0)}, "cannot allocate 0 bytes", id="empty shape"),
+        pytest.param({"nbytes": 0, "dtype": "u1"}, "cannot allocate 0 bytes", id="no bytes"),
+        pytest.param({"nbytes": -8, "dtype": "f8"}, "cannot allocate -8 bytes", id="negative bytes"),
+        pytest.param({"nbytes": -8, "shape": 0}, "needs 0 bytes|cannot allocate", id="nothing in less than nothing"),
+        pytest.param({"nbytes": 4, "shape": 1, "dtype": "f8"}, "needs 8 bytes, the range has 4", id="too few bytes"),
+        pytest.param({"nbytes": 12, "dtype": "f8"}, "are no whole number of", id="a fraction"),
+        pytest.param(
+            {"shape": 2, "dtype": "f8", "partial": True}, "a typed range is whole or not at all", id="partial"
+        ),
+    ],
+)
+def test_a_typed_range_of_a_size_that_makes_no_sense_is_refused(
+    store: BlockStore, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        store.allocate(**arguments)
+
+    assert (store.free, store.allocator.next_start) == (MIB, 0)
+
+
+@pytest.mark.parametrize("arguments", [{"nbytes": 8.0, "dtype": "f8"}, {"nbytes": 8.0, "shape": 1}, {"nbytes": "8"}])
+def test_a_size_that_is_no_integer_is_refused(store: BlockStore, arguments: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="int"):
+        store.allocate(**arguments)
+
+    assert store.free == MIB
+
+
+# -- create and open ------------------------------------------------------------------------------
+
+
+def test_a_new_file_is_zeros_and_nothing_else(tmp_path: Path) -> None:
+    with bs.create(tmp_path / "data.bin", 10_001):
+        pass
+
+    assert (tmp_path / "data.bin").read_bytes() == bytes(10_001)
+    assert os.listdir(tmp_path) == ["data.bin"]
+
+
+@pytest.mark.parametrize("path", [str, os.fsencode, Path], ids=["str", "bytes", "Path"])
+def test_a_path_is_given_in_any_form(tmp_path: Path, path: Callable[[str], Any]) -> None:
+    with bs.create(path(os.path.join(tmp_path, "data.bin")), 100) as store:
+        assert store.path == str(tmp_path / "data.bin")
+
+
+def test_a_relative_path_is_of_the_folder_at_that_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with bs.create("data.bin", 100) as store:
+        monkeypatch.chdir("/")
+        assert store.path == str(tmp_path / "data.bin")
+        assert pickle.loads(pickle.dumps(store)) is store
+
+
+def test_overwriting_replaces_the_file_and_the_old_store_keeps_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "data.bin"
+    with bs.create(path, 4096) as old:
+        r = hello(old)
+
+        with bs.create(path, 8192, overwrite=True) as new:
+            assert path.read_bytes() == bytes(8192)
+            r.write(b"HELLO", rewrite=True)
+            old.flush()
+            assert new.raw.read_at(0, 5) == bytes(5)
+
+        assert bytes(r.read()) == b"HELLO"
+        assert os.listdir(tmp_path) == ["data.bin"]
+
+
+def test_overwriting_what_is_not_there_creates_it(tmp_path: Path) -> None:
+    with bs.create(tmp_path / "data.bin", 4096, overwrite=True) as store:
+        assert contents(store) == bytes(4096)
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_an_opened_file_has_nothing_free(tmp_path: Path, mode: Any) -> None:
+    (tmp_path / "data.bin").write_bytes(b"x" * 10_001)
+
+    with bs.open(tmp_path / "data.bin", mode=mode) as store:
+        assert (store.nbytes, store.free, store.mode, len(store.receipts())) == (10_001, 0, mode, 0)
+        assert store.raw.read_at(0, 10_001) == b"x" * 10_001
+
+
+def test_an_opened_file_hands_out_nothing(tmp_path: Path) -> None:
+    (tmp_path / "data.bin").write_bytes(b"x" * 10_001)
+
+    with bs.open(tmp_path / "data.bin") as store:
+        with pytest.raises(bs.OutOfSpaceError, match="cannot allocate 1 bytes: 0 bytes are free"):
+            store.allocate(1)
+        assert list(store.ranges(1)) == []
+
+
+@pytest.mark.parametrize("allocator", ["sequential", "concurrent"])
+def test_discarding_hands_out_the_whole_file_again(tmp_path: Path, allocator: Any) -> None:
+    (tmp_path / "data.bin").write_bytes(b"x" * 10_001)
+
+    with bs.open(tmp_path / "data.bin", discard=True, allocator=allocator) as store:
+        r = store.allocate(10_001)
+        with r.writer() as a:
+            assert bytes(a) == b"x" * 10_001
+            a[:5] = list(b"hello")
+
+    assert (tmp_path / "data.bin").read_bytes() == b"hello" + b"x" * 9_996
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(lambda s: s.allocate(1), id="allocate"),
+        pytest.param(lambda s: s.allocate(1, partial=True), id="allocate partial"),
+        pytest.param(lambda s: s.allocate_many(1, 1), id="allocate_many"),
+        pytest.param(lambda s: s.ranges(1), id="ranges"),
+        pytest.param(lambda s: s.flush(), id="flush"),
+        pytest.param(lambda s: s.flush(wait=False), id="flush without waiting"),
+        pytest.param(lambda s: s.sync(), id="sync"),
+        pytest.param(lambda s: s.raw.write_at(0, b"x"), id="raw.write_at"),
+        pytest.param(lambda s: s.raw.fill(0, 1, 1), id="raw.fill"),
+        pytest.param(lambda s: s.raw.zero(0, 1), id="raw.zero"),
+        pytest.param(lambda s: s.raw.flush_range(0, 1), id="raw.flush_range"),
+    ],
+)
+def test_a_store_that_is_open_to_read_writes_nothing(tmp_path: Path, use: Callable[[BlockStore], object]) -> None:
+    (tmp_path / "data.bin").write_bytes(b"x" * 100)
+    (tmp_path / "data.bin").chmod(0o444)
+
+    with bs.open(tmp_path / "data.bin", mode="r") as store:
+        with pytest.raises(bs.ReadOnlyStoreError, match=r"data\.bin' was opened with mode='r'"):
+            use(store)
+        assert not store.raw.array(0, 100).flags.writeable
+
+    assert (tmp_path / "data.bin").read_bytes() == b"x" * 100
+
+
+def test_what_is_open_for_writing_cannot_be_discarded(store: BlockStore) -> None:
+    hello(store)
+
+    with pytest.raises(BlockingIOError, match=r"cannot discard what '.*data\.bin' holds: .* is open on it") as refusal:
+        bs.open(store.path, discard=True)
+
+    assert isinstance(refusal.value, bs.StoreInUseError)
+    assert contents(store)[:5] == b"hello"
+
+
+def test_a_file_is_known_by_its_identity_and_not_by_its_name(store: BlockStore, tmp_path: Path) -> None:
+    os.link(store.path, tmp_path / "other name.bin")
+    os.symlink(store.path, tmp_path / "symlink.bin")
+
+    for name in ("other name.bin", "symlink.bin"):
+        with pytest.raises(bs.StoreInUseError, match="cannot discard"):
+            bs.open(tmp_path / name, discard=True)
+
+
+def test_what_others_only_read_can_be_discarded(tmp_path: Path) -> None:
+    with bs.create(tmp_path / "data.bin", 4096) as store:
+        hello(store)
+
+    with bs.open(store.path, mode="r") as reader, bs.open(store.path, discard=True) as writer:
+        writer.allocate(5).write(b"HELLO")
+        assert reader.raw.read_at(0, 5) == b"HELLO"
+
+
+def test_a_file_that_was_closed_can_be_discarded(tmp_path: Path) -> None:
+    with bs.create(tmp_path / "data.bin", 4096):
+        pass
+
+    with bs.open(tmp_path / "data.bin", discard=True) as store:
+        assert store.free == 4096
+
+
+@pytest.mark.parametrize("call", [bs.create, bs.open], ids=["create", "open"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        pytest.param({"allocator": "random"}, "allocator is one of 'sequential', 'concurrent', not 'random'", id="a"),
+        pytest.param({"access": "wild"}, "access is one of 'dense', 'sparse', not 'wild'", id="b"),
+        pytest.param({"guard": None}, "guard is one of 'flag', 'seal', not None", id="c"),
+        pytest.param({"escaped": "shout"}, "escaped is one of 'warn', 'raise', 'ignore', not 'shout'", id="d"),
+    ],
+)
+def test_an_option_that_does_not_exist_is_refused(
+    tmp_path: Path, call: Callable[..., object], option: dict[str, Any], message: str
+) -> None:
+    arguments = (4096,) if call is bs.create else ()
+
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path / "data.bin", *arguments, **option)
+
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"mode": "w"}, r"mode is one of 'r', 'r\+', not 'w'", id="mode"),
+        pytest.param({"mode": "r", "discard": True}, r"needs mode='r\+'", id="discard to read"),
+    ],
+)
+def test_opening_in_a_way_that_makes_no_sense_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    (tmp_path / "data.bin").write_bytes(b"x")
+
+    with pytest.raises(ValueError, match=message):
+        bs.open(tmp_path / "data.bin", **options)
+
+
+# -- close ----------------------------------------------------------------------------------------
+
+
+def test_leaving_the_block_makes_everything_durable(tmp_path: Path) -> None:
+    with bs.create(tmp_path / "data.bin", 4096) as store:
+        receipt = receipt_of(hello(store))
+
+    assert (receipt.durable, store.closed) == (True, True)
+
+
+def test_leaving_the_block_by_an_exception_makes_everything_durable_too(tmp_path: Path) -> None:
+    receipts: list[bs.WriteReceipt] = []
+
+    def fill_and_fail() -> None:
+        with bs.create(tmp_path / "data.bin", 4096) as store:
+            receipts.append(receipt_of(hello(store)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill_and_fail()
+
+    assert receipts[0].durable
+
+
+def test_closing_twice_does_nothing(store: BlockStore, syncs: Syncs) -> None:
+    hello(store)
+    store.close()
+    count = syncs.count
+
+    store.close()
+
+    assert (syncs.count, count) == (1, 1)
+
+
+def test_a_writer_that_is_inside_when_the_store_is_closed_gets_no_receipt(tmp_path: Path) -> None:
+    store = bs.create(tmp_path / "data.bin", 4096)
+    r = store.allocate(5)
+
+    with pytest.raises(bs.ClosedStoreError, match=r"data\.bin' is closed"):
+        close_inside(r, store)
+
+    assert (r.receipt, len(store.receipts())) == (None, 0)
+
+
+def close_inside(r: AllocatedRange, store: BlockStore) -> None:
+    with r.writer() as a:
+        a[:] = 1
+        store.close()
+        a[:] = 2
+
+
+def test_the_block_refuses_a_store_that_is_closed_only_when_it_is_used(tmp_path: Path) -> None:
+    store = bs.create(tmp_path / "data.bin", 4096)
+    store.close()
+
+    with store:
+        with pytest.raises(bs.ClosedStoreError, match="is closed"):
+            store.allocate(1)
+        with pytest.raises(bs.ClosedStoreError, match="is closed"):
+            store.raw.read_at(0, 1)
+
+
+def test_a_store_that_nobody_closed_is_flushed_and_says_so(tmp_path: Path) -> None:
+    script = f"""
+import gc, os, sys, warnings
+import blockstore as bs
+really = os.{SYNC}
+store = bs.create(sys.argv[1], 4096)
+os.{SYNC} = lambda fd: (really(fd), print("synced"))
+store.allocate(5).write(b"hello")
+warnings.showwarning = lambda message, *_: print(message)
+warnings.simplefilter("always")
+del store
+gc.collect()
+"""
+    done = run_python(script, tmp_path / "data.bin")
+
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout == (
+        "<BlockStore 'data.bin': 4096 bytes, 0 free, 1 receipts, open \"r+\"> was never closed\nsynced\n"
+    )
+
+
+def test_a_store_lives_as_long_as_a_range_of_it(tmp_path: Path) -> None:
+    r = hello(bs.create(tmp_path / "data.bin", 4096))
+
+    assert bytes(r.read()) == b"hello"
+    r._owner.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("open_", "text"),
+    [
+        pytest.param(
+            lambda p: bs.create(p, 8192), 'data.bin\': 8192 bytes, 4096 free, 1 receipts, open "r+"', id="new"
+        ),
+        pytest.param(
+            lambda p: p.write_bytes(b"x") and bs.open(p), 'data.bin\': 1 bytes, 0 free, 0 receipts, open "r+"', id="r+"
+        ),
+        pytest.param(
+            lambda p: p.write_bytes(b"x") and bs.open(p, mode="r"),
+            'data.bin\': 1 bytes, 0 free, 0 receipts, open "r"',
+            id="r",
+        ),
+    ],
+)
+def test_a_store_says_what_it_is(tmp_path: Path, open_: Callable[[Path], BlockStore], text: str) -> None:
+    with open_(tmp_path / "data.bin") as store:
+        if store.free:
+            hello(store)
+
+        assert repr(store) == f"<BlockStore '{text}>"
+
+    assert repr(store) == f"<BlockStore 'data.bin': {store.nbytes} bytes, closed>"
+
+
+# -- by reference ---------------------------------------------------------------------------------
+
+
+def test_a_store_unpickles_to_itself_in_the_same_process(store: BlockStore) -> None:
+    assert pickle.loads(pickle.dumps(store)) is store
+
+
+def test_a_written_range_unpickles_to_a_reference(store: BlockStore) -> None:
+    r = store.allocate(shape=(2, 3), dtype="f4", tag=7)
+    r.write(np.arange(6, dtype="f4").reshape(2, 3))
+
+    b = pickle.loads(pickle.dumps(r))
+
+    assert (b.start, b.stop, b.nbytes, b.tag, b._owner) == (r.start, r.stop, r.nbytes, r.tag, store)
+    np.testing.assert_array_equal(b.read(), r.read())
+
+
+def test_a_reference_can_be_passed_on(store: BlockStore) -> None:
+    r = hello(store)
+
+    b = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(r))))
+
+    assert bytes(b.read()) == b"hello"
+
+
+def test_a_pickle_is_as_small_for_any_content(tmp_path: Path) -> None:
+    with bs.create(tmp_path / "data.bin", 64 * MIB) as store:
+        small, large = store.allocate(2**20), store.allocate(2**25)
+        for r in (small, large):
+            r.write(np.zeros(r.nbytes, "u1"))
+
+        sizes = len(pickle.dumps(store)), len(pickle.dumps(small)), len(pickle.dumps(large))
+
+        assert max(sizes) < 1000
+        assert abs(sizes[1] - sizes[2]) < 16
+
+
+def total(r: AllocatedRange) -> tuple[int, float, str]:
+    """Called in another process."""
+    return os.getpid(), float(r.read().sum()), r._owner.mode  # type: ignore[attr-defined]
+
+
+def test_a_written_range_is_read_in_another_process(store: BlockStore) -> None:
+    r = store.allocate(shape=1000, dtype="f8")
+    with r.writer() as a:
+        a[:] = np.arange(1000)
+
+    script = """
+import pickle, sys
+r = pickle.loads(bytes.fromhex(sys.argv[1]))
+print(r.read().sum(), r._owner.mode, r)
+try:
+    r.writer().__enter__()
+except ValueError as error:
+    print(type(error).__name__)
+r._owner.close()
+"""
+    done = run_python(script, pickle.dumps(r).hex())
+
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout == "499500.0 r <AllocatedRange [0, 8192) 8000 bytes, a reference>\nSpentRangeError\n"
+
+
+def test_ranges_are_sent_to_a_pool_of_processes(store: BlockStore) -> None:
+    ranges = [store.allocate(shape=100, dtype="f8") for _ in range(4)]
+    for value, r in enumerate(ranges):
+        r.write(np.full(100, value, "f8"))
+
+    with get_context("spawn").Pool(1) as pool:
+        answers = pool.map(total, ranges)
+
+    assert os.getpid() not in {pid for pid, _, _ in answers}
+    assert [(value, mode) for _, value, mode in answers] == [(0, "r"), (100, "r"), (200, "r"), (300, "r")]
+
+
+@pytest.mark.parametrize("what", ["store", "range"])
+def test_a_reference_to_a_file_that_was_replaced_is_stale(tmp_path: Path, what: str) -> None:
+    with bs.create(tmp_path / "data.bin", 4096) as old:
+        r = hello(old)
+        pickled = pickle.dumps(old if what == "store" else r)
+        with bs.create(tmp_path / "data.bin", 4096, overwrite=True):
+            pass
+        script = """
+import pickle, sys
+import blockstore as bs
+try:
+    pickle.loads(bytes.fromhex(sys.argv[1]))
+except bs.StaleReferenceError as error:
+    print(isinstance(error, ValueError), error)
+"""
+        done = run_python(script, pickled.hex())
+
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout.startswith("True ")
+    assert "data.bin' is not the file that this reference was made for: it was replaced" in done.stdout
+
+
+def test_a_reference_finds_the_store_that_is_open_although_its_file_was_replaced(tmp_path: Path) -> None:
+    with bs.create(tmp_path / "data.bin", 4096) as old:
+        pickled = pickle.dumps(hello(old))
+        with bs.create(tmp_path / "data.bin", 4096, overwrite=True):
+            assert bytes(pickle.loads(pickled).read()) == b"hello"
+
+
+def test_a_reference_to_a_file_that_is_gone_says_so(tmp_path: Path) -> None:
+    with bs.create(tmp_path / "data.bin", 4096) as store:
+        pickled = pickle.dumps(store)
+    os.unlink(store.path)
+
+    with pytest.raises(FileNotFoundError, match=r"data\.bin"):
+        pickle.loads(pickled)
+
+
+def test_a_closed_store_does_not_travel(tmp_path: Path) -> None:
+    with bs.create(tmp_path / "data.bin", 4096) as store:
+        r = hello(store)
+
+    for what in (store, r):
+        with pytest.raises(bs.ClosedStoreError, match="is closed"):
+            pickle.dumps(what)
