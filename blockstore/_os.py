@@ -49,6 +49,8 @@ _FDS = "/proc/self/fd"
 _BINARY = getattr(os, "O_BINARY", 0)
 
 if not PORTABLE:
+    import fcntl
+
     _libc = ctypes.CDLL(None, use_errno=True)
     _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
@@ -101,10 +103,7 @@ def new_file(path: str, nbytes: int, *, overwrite: bool, reserve: bool) -> Itera
             raise _exists(path)
     directory = os.path.dirname(path) or "."
     with _nameless(directory) as (file, name):
-        if reserve:
-            _reserve(file, nbytes, path)
-        else:
-            os.ftruncate(file.fileno(), nbytes)
+        _size(file, nbytes, path, reserve=reserve)
         os.fsync(file.fileno())
         yield file
         _publish(file, name, path, directory, overwrite=overwrite)
@@ -118,8 +117,10 @@ def open_file(path: str, *, writable: bool) -> File:
     flags = (os.O_RDWR if writable else os.O_RDONLY) | _BINARY | getattr(os, "O_NONBLOCK", 0)
     try:
         file = File(os.open(path, flags))
-    except IsADirectoryError:
-        raise _not_regular(path, stat.S_IFDIR) from None
+    except OSError:
+        if Path(path).exists() and not Path(path).is_file():
+            raise _not_regular(path, os.stat(path).st_mode) from None
+        raise
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         raise _not_regular(path, status.st_mode)
@@ -137,8 +138,6 @@ def identity(file: File) -> tuple[int, ...]:
     status = os.fstat(file.fileno())
     generation = 0
     if not PORTABLE:
-        import fcntl
-
         with contextlib.suppress(OSError):
             answer = fcntl.ioctl(file.fileno(), _FS_IOC_GETVERSION, bytes(8))
             generation = int.from_bytes(answer[:4], sys.byteorder)
@@ -148,7 +147,11 @@ def identity(file: File) -> tuple[int, ...]:
 def map_file(file: File, *, writable: bool) -> Map:
     """Map the whole file, shared. The map lives until the last array over it is gone."""
     opened: Any = io.FileIO(file.fileno(), "r+" if writable else "r", closefd=False)
-    mapped: Map = np.memmap(opened, dtype=np.uint8, mode="r+" if writable else "r")
+    try:
+        mapped: Map = np.memmap(opened, dtype=np.uint8, mode="r+" if writable else "r")
+    except OSError as error:
+        size = os.fstat(file.fileno()).st_size
+        raise OSError(error.errno, f"cannot map {size} bytes: {error.strerror}") from None
     mapped._blockstore_pin = memoryview(mapped._mmap)  # type: ignore[attr-defined]
     return mapped
 
@@ -181,9 +184,9 @@ def sync(file: File, mapped: Map) -> None:
         return
     mapped.flush()
     if sys.platform == "darwin":
-        import fcntl
+        import fcntl as darwin
 
-        fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
+        darwin.fcntl(file.fileno(), darwin.F_FULLFSYNC)
     else:
         os.fsync(file.fileno())
 
@@ -212,22 +215,24 @@ def _address(mapped: Map) -> int:
     return int(mapped.__array_interface__["data"][0])
 
 
-def _reserve(file: File, nbytes: int, path: str) -> None:
-    """Give the file its size and its space, or raise `OSError` with ``ENOSPC`` before a byte is written."""
-    if hasattr(os, "fstatvfs"):
+def _size(file: File, nbytes: int, path: str, *, reserve: bool) -> None:
+    """Give a new file its size and, to `reserve`, its space; a full disk is told before a byte is written."""
+    if reserve and hasattr(os, "fstatvfs"):
         disk = os.fstatvfs(file.fileno())
         if nbytes > (free := disk.f_bfree * disk.f_frsize):
             raise OSError(errno.ENOSPC, f"cannot reserve {nbytes} bytes: the disk has {free} bytes left", path)
     try:
-        if not PORTABLE:
+        if not reserve:
+            os.ftruncate(file.fileno(), nbytes)
+        elif not PORTABLE:
             os.posix_fallocate(file.fileno(), 0, nbytes)
-            return
-        zeros = memoryview(bytes(1 << 20))
-        left = nbytes
-        while left > 0:
-            left -= os.write(file.fileno(), zeros[:left])
+        else:
+            zeros, left = memoryview(bytes(1 << 20)), nbytes
+            while left > 0:
+                left -= os.write(file.fileno(), zeros[:left])
     except OSError as error:
-        raise OSError(error.errno, f"cannot reserve {nbytes} bytes: {error.strerror}", path) from None
+        what = "reserve" if reserve else "make a file of"
+        raise OSError(error.errno, f"cannot {what} {nbytes} bytes: {error.strerror}", path) from None
 
 
 @contextlib.contextmanager

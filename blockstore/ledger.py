@@ -58,7 +58,7 @@ class Ledger:
         self._log.append(_pack(extent._start, _REVOKED, 0, 0, self._draw()))
 
     def flush(self, wanted: Sequence[WriteReceipt] | None) -> int:
-        """Make `wanted` durable, or all; return how many records were covered. See `BlockStore.flush`."""
+        """Make `wanted` durable, or all; return how many receipts became so. See `BlockStore.flush`."""
         with self._flushing:
             done = self._flushed == len(self._log) if wanted is None else all(receipt.durable for receipt in wanted)
             if done and self._failure is None:
@@ -67,9 +67,10 @@ class Ledger:
             below = self._draw()  # what is recorded from here on waits for the next sync
             self._sync_or_poison()
             self.durable_below = below
-            covered, self._flushed = items - self._flushed, items
+            covered = _replay(self._log[self._flushed : items])
+            self._flushed = items
             self._compact(items)
-            return covered
+            return len(covered)
 
     def sync(self) -> None:
         """Sync, whether or not a record waits for it."""

@@ -75,10 +75,11 @@ class AllocatedRange(Extent):
     >>> store.close()
     """
 
-    __slots__ = ("_bar", "_layout", "_touched")
+    __slots__ = ("_bar", "_layout", "_shown", "_touched")
 
     _owner: Owner
-    _layout: Layout | None
+    _layout: Layout | None  # as allocated
+    _shown: Layout | None  # as last written, and so as read
     _bar: str | Loan | None  # why it is spent, or whose views have escaped
     _touched: bool
 
@@ -163,6 +164,7 @@ class AllocatedRange(Extent):
             self._touched = True
             if not self._owner._mapped.put(array, self._start) or self._owner._down is not None:
                 self._owner._refuse()
+            self._shown = self._layout
             self._sequence = sequence = self._owner._ledger.record(self)
             return receipt_of(self, sequence)
         finally:
@@ -192,7 +194,7 @@ class AllocatedRange(Extent):
             if isinstance(self._bar, str):
                 raise SpentRangeError(f"cannot read {self._where()}: {self._bar}")
             raise NotWrittenError(f"cannot read {self._where()}: no writer has left it cleanly")
-        shape, dtype = self._layout or ((self._nbytes,), BYTE)
+        shape, dtype = self._shown or ((self._nbytes,), BYTE)
         return np.ndarray(shape, dtype, frozen, self._start)
 
     def split_up(self, offset: int) -> "tuple[AllocatedRange | None, AllocatedRange | None]":
@@ -291,7 +293,7 @@ class AllocatedRange(Extent):
     def __reduce__(self) -> tuple[Any, ...]:
         if self._sequence is None and self._bar is not _REFERENCE:
             raise NotWrittenError(f"cannot pickle {self._where()}: only a written range travels, as a reference")
-        return _reference, (self._owner, self._start, self._stop, self._nbytes, self._tag, self._layout)
+        return _reference, (self._owner, self._start, self._stop, self._nbytes, self._tag, self._shown)
 
     def __copy__(self) -> "AllocatedRange":
         return self
@@ -322,7 +324,7 @@ def allocated(owner: Owner, start: int, stop: int, nbytes: int, tag: int, layout
     r._stop = stop
     r._nbytes = nbytes
     r._tag = tag
-    r._layout = layout
+    r._layout = r._shown = layout
     r._sequence = r._bar = None
     r._touched = False
     return r

@@ -51,7 +51,7 @@ def check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     """Return `dtype` as a `numpy.dtype` whose items are plain bytes, or raise `DtypeError`."""
     try:
         checked = np.dtype(dtype)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, SyntaxError) as error:
         raise DtypeError(f"not a dtype: {dtype!r} ({error})") from None
     if checked.hasobject:
         raise DtypeError(f"dtype {checked} holds Python objects, whose addresses mean nothing in a file")
@@ -85,7 +85,9 @@ def check_layout(shape: int | Sequence[int] | None, dtype: DTypeLike | None, nby
         raise LayoutError(f"{nbytes} bytes are no whole number of {items} items of {items.itemsize} bytes")
     else:
         axes = (nbytes // items.itemsize,)
-    axes, items = axes + items.shape, items.base
+    while items.subdtype is not None:
+        items, inner = items.subdtype
+        axes += inner
     if len(axes) > _MAX_NDIM or math.prod(n or 1 for n in axes) * items.itemsize > _MAX_NBYTES:
         raise LayoutError(f"shape {axes} of {items} is more than NumPy can address")
     if nbytes is not None and (needed := layout_nbytes((axes, items))) > nbytes:

@@ -62,7 +62,7 @@ class Writer(Loan):
             if self.take_back() or kind is not None or owner._down is not None:
                 self._leave(kind, stacklevel=3)
             else:
-                r._layout = self._layout
+                r._shown = self._layout
                 r._sequence = owner._ledger.record(r)
         finally:
             owner._claims.pop(r._start, None)
@@ -71,9 +71,7 @@ class Writer(Loan):
         """Leave in any way but the plain one."""
         r = self._range
         owner = r._owner
-        count = self.count(scan=owner._escaped != "ignore")
-        if count:
-            r._bar = self.pass_on()
+        count = self._keep_escaped()
         if kind is not None:
             return
         if owner._down is not None:
@@ -83,8 +81,15 @@ class Writer(Loan):
         if count and owner._escaped == "warn":
             text = f"{escaped_text(r._start, r._stop, count)}: {self._danger}"
             warnings.warn(text, EscapedViewWarning, stacklevel=stacklevel)
-        r._layout = self._layout
+        r._shown = self._layout
         r._sequence = owner._ledger.record(r)
+
+    def _keep_escaped(self) -> int:
+        """Count the views that escaped; while there are any, the range takes no new writer."""
+        count = self.count(scan=self._range._owner._escaped != "ignore")
+        if count:
+            self._range._bar = self.pass_on()
+        return count
 
     _danger = "what is written through them from now on may reach the file"
 
@@ -129,10 +134,14 @@ class DetachedWriter(Writer):
         mapped = r._owner._mapped
         try:
             self.take_back()
-            if self._window:
-                mapped.seal(r._start, r._stop)
-            elif kind is None and r._owner._down is None:
-                mapped.put(self._root, r._start)
+            try:
+                if self._window:
+                    mapped.seal(r._start, r._stop)
+                elif kind is None and r._owner._down is None:
+                    mapped.put(self._root, r._start)
+            except BaseException:
+                self._keep_escaped()
+                raise
             self._leave(kind, stacklevel=3)
         finally:
             r._owner._claims.pop(r._start, None)

@@ -51,7 +51,13 @@ class Sitting:
 
     def __init__(self, call: Callable[[Callable[[], None]], object]) -> None:
         self._inside, self._release = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=call, args=(self._sit,))
+        self._thread = threading.Thread(target=self._run, args=(call,))
+
+    def _run(self, call: Callable[[Callable[[], None]], object]) -> None:
+        try:
+            call(self._sit)
+        finally:
+            self._inside.set()  # for a call that ended without sitting down
 
     def _sit(self) -> None:
         self._inside.set()
