@@ -69,19 +69,33 @@ class File:
     """An open file, closed when the last reference to it is gone.
 
     There is no `close`: whoever is inside a system call holds a reference, so the descriptor can never be closed
-    under it and given to another file.
+    under it and given to another file. The garbage collector may finalize a file before the store it is collected
+    with, which has yet to flush; so a store keeps its file open until it releases it.
     """
 
-    __slots__ = ("_fd",)
+    __slots__ = ("_fd", "_finalized", "_kept")
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._kept = self._finalized = False
 
     def fileno(self) -> int:
         return self._fd
 
+    def keep(self) -> None:
+        """Stay open until `release`, even if finalized."""
+        self._kept = True
+
+    def release(self) -> None:
+        """Close with the last reference; now, if that is gone."""
+        self._kept = False
+        if self._finalized:
+            os.close(self._fd)
+
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
-        _close(self._fd)
+        self._finalized = True
+        if not self._kept:
+            _close(self._fd)
 
 
 @contextlib.contextmanager

@@ -85,6 +85,11 @@ class MappedFile:
             for mapped in self._maps():
                 _os.advise(mapped, advice, 0, self.nbytes)
 
+    def keep(self) -> None:
+        """Keep the file open until `drop` or `disown`, which the caller is sure to call."""
+        if self._file is not None:
+            self._file.keep()
+
     def put(self, data: NDArray[Any], start: int) -> bool:
         """Copy an array into the file from `start`; return False, with nothing copied, if it was dropped."""
         file, shared = self._file, self.map
@@ -93,6 +98,11 @@ class MappedFile:
         if data.nbytes <= self.copy_max or not _os.write_at(file, data, start):
             np.copyto(np.ndarray(data.shape, data.dtype, shared, start), data)
         return True
+
+    def get(self, data: NDArray[Any], start: int) -> None:
+        """Fill a C-ordered array with the bytes from `start`, the padding of records included."""
+        if (frozen := self.frozen) is not None:
+            data.reshape(-1).view(np.uint8)[:] = frozen[start : start + data.nbytes]
 
     def prepare_view(self, start: int, stop: int) -> bool:
         """Whether ``[start, stop)`` should be lent as a view on the map though access is sparse: with huge pages."""
@@ -138,10 +148,17 @@ class MappedFile:
 
     def drop(self) -> None:
         """Seal the windows and let go. The file is closed, and its maps unmapped, when nothing uses them any more."""
-        if self.windows is not None:
-            self.seal(0, self.nbytes)
-            _windows_left.extend(self._taken)
-            self._taken.clear()
+        try:
+            if self.windows is not None:
+                self.seal(0, self.nbytes)
+                _windows_left.extend(self._taken)
+                self._taken.clear()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._file is not None:
+            self._file.release()
         self._file = self.map = self.windows = self.frozen = None
 
     def disown(self) -> None:
@@ -149,7 +166,7 @@ class MappedFile:
         if self._file is not None and self.writable and not _os.PORTABLE:
             for mapped in self._maps():
                 _os.seal(self._file, mapped, 0, self.nbytes)
-        self._file = self.map = self.windows = self.frozen = None
+        self._let_go()
 
     def _maps(self) -> list[_os.Map]:
         return [mapped for mapped in (self.map, self.windows) if mapped is not None]

@@ -224,6 +224,7 @@ class BlockStore:
             DetachedWriter if options.sealing else sparse_writer if options.access == "sparse" else Writer
         )
         self._take = self.allocator._take if mapped.writable else self._refuse_taking
+        mapped.keep()
         live.add(self)
 
     @property

@@ -122,7 +122,9 @@ class DetachedWriter(Writer):
                 return self.lend(shape, dtype, mapped.windows, r._start)
             if untouched and mapped.zeroed:
                 return self.lend_own(np.zeros(shape, dtype))
-            return self.lend_own(np.ndarray(shape, dtype, mapped.frozen, r._start).copy())
+            root = np.empty(shape, dtype)
+            mapped.get(root, r._start)
+            return self.lend_own(root)
         except BaseException:
             r._owner._claims.pop(r._start, None)
             raise

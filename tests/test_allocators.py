@@ -90,7 +90,8 @@ impatient = pytest.mark.usefixtures("_impatient")
 
 PAGES = 40
 
-sizes = st.integers(1, 3 * ALIGNMENT) | st.integers(1, PAGES * ALIGNMENT) | st.sampled_from(ABSURD)
+pages = st.integers(1, PAGES).map(lambda count: count * ALIGNMENT)
+sizes = st.integers(1, 3 * ALIGNMENT) | st.integers(1, PAGES * ALIGNMENT) | pages | st.sampled_from(ABSURD)
 
 
 @st.composite
@@ -599,6 +600,13 @@ def test_the_concurrent_allocator_takes_from_every_hole() -> None:
         (20480, 24576),
         (32768, 100_000),
     ]
+
+
+def test_the_next_hole_may_be_just_large_enough(kind: Kind) -> None:
+    allocator = with_holes(kind, 100_000, [(4096, 16384), (20480, 28672)])
+
+    assert [allocator.allocate(8192).start for _ in range(2)] == [4096, 20480]
+    assert allocator.free == 4096
 
 
 def test_a_hole_that_is_too_small_is_kept_for_a_smaller_request(kind: Kind) -> None:
