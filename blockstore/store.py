@@ -20,7 +20,7 @@ Examples
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from blockstore import _os, live
-from blockstore.allocators import Allocator, ConcurrentAllocator, SequentialAllocator, UntilFull, check_nbytes
+from blockstore.allocators import UntilFull, check_nbytes
 from blockstore.errors import (
     ClosedStoreError,
     ForeignRangeError,
@@ -42,25 +42,20 @@ from blockstore.errors import (
 )
 from blockstore.ledger import Ledger
 from blockstore.mapped import MappedFile
+from blockstore.options import Access, AllocatorKind, Escaped, Guard, Options, choice
 from blockstore.ranges import AllocatedRange, WriteReceipt, allocated
 from blockstore.raw import RawStore
 from blockstore.sequences import RangeSequence
 from blockstore.views import Layout, check_layout, layout_nbytes
-from blockstore.writers import DetachedWriter, Writer, sparse_writer
 
 StrPath = str | os.PathLike[str]
-Access = Literal["dense", "sparse"]
-Guard = Literal["flag", "seal"]
-Escaped = Literal["warn", "raise", "ignore"]
-
-_ALLOCATORS: dict[str, type[Allocator]] = {"sequential": SequentialAllocator, "concurrent": ConcurrentAllocator}
 
 
 def create(
     path: StrPath,
     nbytes: int,
     *,
-    allocator: Literal["sequential", "concurrent"] = "sequential",
+    allocator: AllocatorKind = "sequential",
     overwrite: bool = False,
     reserve: bool = True,
     access: Access | None = None,
@@ -120,7 +115,7 @@ def create(
     >>> receipt.durable
     True
     """
-    options = _Options(allocator, access, guard, escaped)
+    options = Options(allocator, access, guard, escaped)
     target = _absolute(path)
     with _os.new_file(target, operator.index(nbytes), overwrite=overwrite, reserve=reserve) as file:
         mapped = options.map(file, writable=True, zeroed=True, advice="dense" if reserve else None)
@@ -132,7 +127,7 @@ def open(
     *,
     mode: Literal["r", "r+"] = "r+",
     discard: bool = False,
-    allocator: Literal["sequential", "concurrent"] = "sequential",
+    allocator: AllocatorKind = "sequential",
     access: Access | None = None,
     guard: Guard = "flag",
     escaped: Escaped = "warn",
@@ -170,8 +165,8 @@ def open(
     ...     store.raw.read_at(0, 5)
     b'hello'
     """
-    options = _Options(allocator, access, guard, escaped)
-    _choice("mode", mode, ("r", "r+"))
+    options = Options(allocator, access, guard, escaped)
+    choice("mode", mode, ("r", "r+"))
     if discard and mode == "r":
         raise ValueError("discard=True hands out space for writing: it needs mode='r+'")
     target = _absolute(path)
@@ -210,7 +205,7 @@ class BlockStore:
         Bytes at offsets, without ranges, writers or receipts.
     """
 
-    def __init__(self, path: str, mapped: MappedFile, options: "_Options") -> None:
+    def __init__(self, path: str, mapped: MappedFile, options: Options) -> None:
         self.path = path
         self.nbytes = mapped.nbytes
         self.mode = "r+" if mapped.writable else "r"
@@ -220,9 +215,7 @@ class BlockStore:
         self._claims: dict[int, object] = {}
         self._down: str | None = None
         self._escaped = options.escaped
-        self._writer: Callable[[AllocatedRange, Layout | None, bool], Writer] = (
-            DetachedWriter if options.sealing else sparse_writer if options.access == "sparse" else Writer
-        )
+        self._writer = options.writer
         self._take = self.allocator._take if mapped.writable else self._refuse_taking
         mapped.keep()
         live.add(self)
@@ -478,35 +471,6 @@ class BlockStore:
 
     def _refuse_taking(self, nbytes: int, partial: bool) -> tuple[int, int]:
         self._refuse_writing()
-
-
-class _Options:
-    """What a caller may choose, checked."""
-
-    __slots__ = ("access", "allocator", "escaped", "sealing")
-
-    def __init__(self, allocator: str, access: str | None, guard: str, escaped: str) -> None:
-        self.allocator = _ALLOCATORS[_choice("allocator", allocator, tuple(_ALLOCATORS))]
-        self.access = None if access is None else _choice("access", access, tuple(_os.ADVICE))
-        self.sealing = _choice("guard", guard, ("flag", "seal")) == "seal"
-        self.escaped = _choice("escaped", escaped, ("warn", "raise", "ignore"))
-
-    def map(self, file: _os.File, *, writable: bool, zeroed: bool = False, advice: str | None = None) -> MappedFile:
-        """Map a file as these options say; `advice` is for where the caller does not say how it is accessed."""
-        return MappedFile(
-            file,
-            writable=writable,
-            zeroed=zeroed,
-            dense=self.access == "dense",
-            advice=self.access or advice,
-            sealing=self.sealing,
-        )
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} is one of {', '.join(map(repr, allowed))}, not {value!r}")
-    return value
 
 
 def _typed(

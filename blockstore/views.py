@@ -8,7 +8,8 @@ like a mere alias in the counts and is told apart by asking the garbage collecto
 Pythons (3.14 borrows some), so the baseline is measured at import, by the code that is later used.
 
 CPython cannot revoke a pointer: finding is a diagnostic. Not found are raw addresses, DLPack capsules,
-`numpy.nditer`, and kernels that run on without the GIL. This module knows shapes, dtypes and buffers; nothing of
+`numpy.nditer`, kernels that run on without the GIL, and what holds the view itself where the borrower's own name for
+it is gone before the loan is taken back. This module knows shapes, dtypes and buffers; nothing of
 files or ranges.
 
 Examples

@@ -259,21 +259,6 @@ def test_a_warning_that_was_made_an_error_leaves_a_range_that_can_be_written(mak
     assert r.read().tobytes() == ONES
 
 
-@pytest.mark.xfail(reason="to the counts an export looks like the name that is missing", strict=True)
-@pytest.mark.parametrize("export", [memoryview, lambda a: as_strided(a, (2, 2))], ids=["memoryview", "as_strided"])
-def test_an_export_is_found_where_nothing_names_the_array_itself(
-    make: Make, kept: list[Any], export: Callable[[Array], object]
-) -> None:
-    r = make()
-
-    def write_without_a_name() -> None:
-        with ExitStack() as stack:
-            kept.append(export(stack.enter_context(r.writer())))
-
-    with pytest.warns(bs.EscapedViewWarning, match="1 view"):
-        write_without_a_name()
-
-
 # -- escaped="raise" ------------------------------------------------------------------------------
 
 
