@@ -19,7 +19,7 @@ what was asked, what was there, and in which unit. Errors of the system itself (
     ├── EscapedViewError         BufferError         views of an earlier writer are alive
     ├── ForeignRangeError        ValueError          the range or receipt is not this store's
     ├── RevokedReceiptError      ValueError          a rewrite voided the receipt
-    ├── StoreInUseError          BlockingIOError     the file is open in another store
+    ├── StoreInUseError          BlockingIOError     another store of this process writes it
     ├── StaleReferenceError      ValueError          the file of a pickled store was replaced
     ├── ClosedStoreError         ValueError          the store is closed
     ├── ForkedStoreError         RuntimeError        the store was inherited through a fork

@@ -42,7 +42,7 @@ class Ledger:
         self._log: list[bytes] = []  # each item one record or more
         self._flushing = threading.Lock()
         self._flushed = 0  # items of the log that a flush has covered
-        self._compacted = 0  # records in the first of them
+        self._compacted = 0  # records that stood when the log was last compacted
         self._failure: OSError | None = None
         self.durable_below = 0
         """Records with a smaller sequence number are durable."""
@@ -56,6 +56,11 @@ class Ledger:
     def revoke(self, extent: Extent) -> None:
         """Void what was recorded of `extent`. The caller holds its claim."""
         self._log.append(_pack(extent._start, _REVOKED, 0, 0, self._draw()))
+        if len(self._log) > _COMPACT_MIN + 2 * self._compacted and self._flushing.acquire(blocking=False):
+            try:
+                self._compact(len(self._log))
+            finally:
+                self._flushing.release()
 
     def flush(self, wanted: Sequence[WriteReceipt] | None) -> int:
         """Make `wanted` durable, or all; return how many receipts became so. See `BlockStore.flush`."""
@@ -69,7 +74,8 @@ class Ledger:
             self.durable_below = below
             covered = _replay(self._log[self._flushed : items])
             self._flushed = items
-            self._compact(items)
+            if items > _COMPACT_MIN + 2 * self._compacted:
+                self._compact(items)
             return len(covered)
 
     def sync(self) -> None:
@@ -88,11 +94,13 @@ class Ledger:
         return receipts
 
     def _compact(self, items: int) -> None:
-        """Replace the items that were flushed by one, when there are twice as many records as last time."""
-        if items > _COMPACT_MIN + self._compacted:
-            standing = _replay(self._log[:items])
-            self._log[:items] = [standing.tobytes()]
-            self._flushed, self._compacted = 1, len(standing)
+        """Replace the first items, which are at least those that were flushed, by what stands of them."""
+        standing = _replay(self._log[:items])
+        durable = standing["sequence"] < self.durable_below
+        parts = [part.tobytes() for part in (standing[durable], standing[~durable])]
+        self._log[:items] = filter(None, parts)
+        self._flushed = int(bool(parts[0]))
+        self._compacted = len(standing)
 
     def _sync_or_poison(self) -> None:
         if self._failure is not None:

@@ -29,21 +29,16 @@ def add(store: Store) -> None:
     _stores[id(store)] = store
 
 
-def open_on(identity: tuple[int, ...]) -> list[Store]:
-    """Return the stores that are open on one file."""
-    return [store for store in _alive() if store._mapped.identity == identity]
+def stores() -> list[Store]:
+    """Return the stores that are open. Taking the list is one atomic step."""
+    alive = [reference() for reference in _stores.valuerefs()]
+    return [store for store in alive if store is not None and store._down is None]
 
 
 def _disown_all() -> None:
     """Leave every store to the parent. Only the forking thread is left, so no lock may be taken."""
-    for store in _alive():
+    for store in stores():
         store._disown()
-
-
-def _alive() -> list[Store]:
-    """Return the stores that are open. Taking the list is one atomic step."""
-    stores = [reference() for reference in _stores.valuerefs()]
-    return [store for store in stores if store is not None and store._down is None]
 
 
 if hasattr(os, "register_at_fork"):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from blockstore import _os
 from blockstore.errors import ClosedStoreError
 
-COPY_MAX_NBYTES = 1 << 16
+COPY_MAX_NBYTES = 1 << 15
 """Bytes up to which a copy into a densely filled file goes through the map, whose huge pages are there already.
 
 Any other copy goes through ``pwrite``, which takes no page fault."""

@@ -6,9 +6,11 @@ Offsets and sizes are bytes from the start of the data.
 """
 
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, Protocol
+from weakref import ref
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -40,8 +42,12 @@ class Owner(Protocol):
 
     _mapped: MappedFile
     _ledger: Ledger
-    _claims: dict[int, object]
-    """A token of each open writer, by the start of its range. Changed by `setdefault` and `pop` only: atomic."""
+    _claims: "dict[int, ref[Any]]"
+    """A weak reference of each open writer, by the start of its range, to what dies when nobody can write any more.
+
+    Changed by `setdefault` and `pop` only, which are atomic."""
+    _stale: threading.Lock
+    """Held to remove a claim whose writer was interrupted before it could."""
     _down: str | None
     """Why nothing may be done any more, or None."""
     _escaped: str
@@ -159,7 +165,8 @@ class AllocatedRange(Extent):
             If the system refuses the write; there is no receipt.
         """
         array = _as_array(data, self._layout, self._nbytes)
-        self._claim(object(), rewrite)
+        alive: set[None] = set()
+        self._claim(ref(alive), rewrite)
         try:
             self._touched = True
             if not self._owner._mapped.put(array, self._start) or self._owner._down is not None:
@@ -193,7 +200,8 @@ class AllocatedRange(Extent):
         if self._sequence is None and self._bar is not _REFERENCE:
             if isinstance(self._bar, str):
                 raise SpentRangeError(f"cannot read {self._where()}: {self._bar}")
-            raise NotWrittenError(f"cannot read {self._where()}: no writer has left it cleanly")
+            why = "a writer is inside" if self._is_claimed() else "no writer has left it cleanly"
+            raise NotWrittenError(f"cannot read {self._where()}: {why}")
         shape, dtype = self._shown or ((self._nbytes,), BYTE)
         return np.ndarray(shape, dtype, frozen, self._start)
 
@@ -243,7 +251,8 @@ class AllocatedRange(Extent):
         if not 0 <= offset <= self._nbytes:
             raise ValueError(f"offset {offset} is out of bounds: {self._where()} has {self._nbytes} bytes")
         cut = align(offset)
-        self._claim(object(), rewrite=False)
+        alive: set[None] = set()
+        self._claim(ref(alive), rewrite=False, verb="split")
         try:
             self._bar = _SPLIT
         finally:
@@ -258,34 +267,51 @@ class AllocatedRange(Extent):
             high._touched = self._touched
         return low, high
 
-    def _claim(self, token: object, rewrite: bool) -> None:
-        """Become the one writer of this range, or say why not. `token` is an object that nobody else has."""
+    def _claim(self, token: "ref[Any]", rewrite: bool, verb: str = "write") -> None:
+        """Become the one writer of this range, or say why not. `token` is a weak reference that nobody else has."""
         owner = self._owner
-        if owner._claims.setdefault(self._start, token) is not token:
-            raise WriterBusyError(f"cannot write {self._where()}: another writer is inside")
+        held = owner._claims.setdefault(self._start, token)
+        if held is not token:
+            self._contest(held, token, verb)
         if self._sequence is not None or self._bar is not None or owner._down is not None:
             try:
-                self._admit(rewrite)
+                self._admit(rewrite, verb)
             except BaseException:
                 owner._claims.pop(self._start, None)
                 raise
 
-    def _admit(self, rewrite: bool) -> None:
+    def _contest(self, held: "ref[Any]", token: "ref[Any]", verb: str) -> None:
+        """Take over the claim of a writer that is gone, as one is that Ctrl-C hit in its exit."""
+        owner = self._owner
+        if owner._down is not None:
+            owner._refuse()
+        if held() is None:
+            with owner._stale:
+                if owner._claims.get(self._start) is held:
+                    owner._claims.pop(self._start, None)
+            held = owner._claims.setdefault(self._start, token)
+        if held is not token:
+            raise WriterBusyError(f"cannot {verb} {self._where()}: another writer is inside")
+
+    def _admit(self, rewrite: bool, verb: str) -> None:
         """Check what stands against a writer that holds the claim; revoke the receipt of a rewrite."""
         if self._owner._down is not None:
             self._owner._refuse()
         if isinstance(self._bar, str):
-            raise SpentRangeError(f"cannot write {self._where()}: {self._bar}")
+            raise SpentRangeError(f"cannot {verb} {self._where()}: {self._bar}")
         if self._bar is not None and (count := self._bar.count(named=False)):
             raise EscapedViewError(self._start, self._stop, count, "no new writer while they live; drop them first")
         self._bar = None
         if self._sequence is not None:
             if not rewrite:
-                raise AlreadyWrittenError(
-                    f"cannot write {self._where()}: it is written, and immutable unless rewrite=True is passed"
-                )
+                unless = " unless rewrite=True is passed" if verb == "write" else ""
+                raise AlreadyWrittenError(f"cannot {verb} {self._where()}: it is written, and immutable{unless}")
             self._owner._ledger.revoke(self)
             self._sequence = None
+
+    def _is_claimed(self) -> bool:
+        held = self._owner._claims.get(self._start)
+        return held is not None and held() is not None
 
     def _where(self) -> str:
         return f"range [{self._start}, {self._stop})"
@@ -304,7 +330,7 @@ class AllocatedRange(Extent):
     def __repr__(self) -> str:
         if isinstance(self._bar, str):
             state = "a reference" if self._bar is _REFERENCE else "spent"
-        elif self._start in self._owner._claims:
+        elif self._is_claimed():
             state = "being written"
         elif (receipt := self.receipt) is not None:
             state = "durable" if receipt.durable else "written"
@@ -340,6 +366,8 @@ def _reference(owner: Owner, start: int, stop: int, nbytes: int, tag: int, layou
 def _as_array(data: Any, layout: Layout | None, nbytes: int) -> NDArray[Any]:
     """Return `data` as an array that fills a range of `nbytes` bytes exactly."""
     if type(data) is np.ndarray or hasattr(data, "__array__"):
+        if isinstance(data, np.ma.MaskedArray):
+            raise DtypeError("a masked array has no bytes for its mask: pass a.filled() or a.data")
         array: NDArray[Any] = np.asarray(data)
         if array.dtype.hasobject:
             raise DtypeError(f"cannot write dtype {array.dtype}: it holds Python objects")

@@ -19,7 +19,9 @@ Examples
 
 import operator
 import os
+import threading
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -73,7 +75,8 @@ def create(
     allocator : {"sequential", "concurrent"}
         How space is handed out: see `SequentialAllocator` and `ConcurrentAllocator`.
     overwrite : bool
-        Replace an existing regular file, in one step. Until then both take up space.
+        Replace an existing regular file, in one step. Until then both take up space. A store that is open on the old
+        file goes on with it, though it has no name any more.
     reserve : bool
         Reserve the space on the disk now, so that a full disk is an `OSError` here. Without it the file is sparse,
         and a full disk kills the process with SIGBUS at the first write that finds no space.
@@ -101,12 +104,13 @@ def create(
     What `access` chooses:
 
     - "dense", for a file that is filled from end to end in any order and any number of threads: huge pages on the
-      whole map. Writers lend views on the map; `write` copies up to 64 KiB through it, and more by ``pwrite``.
+      whole map. Writers lend views on the map; `write` copies up to 32 KiB through it, and more by ``pwrite``.
     - "sparse", for small ranges far apart: no read-ahead on the map, where huge pages would write 2 MiB to the disk
-      for each 4 KiB touched. Writers lend a private buffer, as large as the range, which a clean exit writes by
-      ``pwrite``; so does `write`.
+      for each 4 KiB touched. Writers of ranges below 4 MiB lend a private array, which a clean exit writes by
+      ``pwrite``, and of larger ones a view on huge pages; `write` is by ``pwrite``.
     - None: views as "dense" if the space is reserved, and `write` by ``pwrite`` at any size. What cannot be known
-      costs most for ranges of 32 KiB or less: up to 2.4 times in `write` if the filling turns out dense.
+      costs most for small ranges: if the filling turns out dense, `write` of 32 KiB or less takes up to 2.4 times as
+      long as told; if it turns out sparse, each small view dirties 2 MiB.
 
     Examples
     --------
@@ -172,8 +176,8 @@ def open(
     target = _absolute(path)
     mapped = options.map(_os.open_file(target, writable=mode == "r+"), writable=mode == "r+")
     if discard:
-        for other in live.open_on(mapped.identity):
-            if other._mapped.writable:
+        for other in live.stores():
+            if other._mapped.writable and other._mapped.identity == mapped.identity:
                 raise StoreInUseError(f"cannot discard what {target!r} holds: {other!r} is open on it")
     store = BlockStore(target, mapped, options)
     if not discard:
@@ -212,7 +216,9 @@ class BlockStore:
         self.allocator = options.allocator(self.nbytes)
         self._mapped = mapped
         self._ledger = Ledger(mapped.sync)
-        self._claims: dict[int, object] = {}
+        self._claims: dict[int, weakref.ref[Any]] = {}
+        self._stale = threading.Lock()
+        self._quiet = False  # whether not to warn if it is never closed
         self._down: str | None = None
         self._escaped = options.escaped
         self._writer = options.writer
@@ -276,7 +282,7 @@ class BlockStore:
             nbytes, layout = _typed(nbytes, shape, dtype, partial)
         elif type(nbytes) is not int or nbytes < 1:
             nbytes = check_nbytes(nbytes)
-        if tag:
+        if tag != 0:
             tag = _check_tag(tag)
         start, stop = self._take(nbytes, partial)
         return allocated(self, start, stop, nbytes if nbytes <= stop - start else stop - start, tag, layout)
@@ -351,7 +357,7 @@ class BlockStore:
         """
         if self._down is not None or self.mode == "r":
             self._refuse_writing()
-        if isinstance(receipts, WriteReceipt):
+        if receipts is not None and not isinstance(receipts, Iterable):
             receipts = (receipts,)
         wanted = None if receipts is None else tuple(map(self._own, receipts))
         if not wait:
@@ -404,7 +410,8 @@ class BlockStore:
     def __del__(self) -> None:
         if getattr(self, "_down", "never opened") is None:
             try:
-                warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
+                if not self._quiet:
+                    warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
             finally:
                 self.close()
 
@@ -444,7 +451,7 @@ class BlockStore:
 
     def _own(self, receipt: WriteReceipt) -> WriteReceipt:
         if not isinstance(receipt, WriteReceipt):
-            raise TypeError(f"flush takes receipts, not {receipt!r}")
+            raise TypeError(f"flush takes receipts, such as r.receipt, not {receipt!r}")
         owner: object = receipt._extent._owner
         if owner is not self:
             raise ForeignRangeError(f"{receipt!r} is of {owner!r}, not of {self!r}")
@@ -488,17 +495,22 @@ def _absolute(path: StrPath) -> str:
 
 
 def _check_tag(tag: int) -> int:
-    if not 0 <= (checked := operator.index(tag)) < 1 << 64:
+    try:
+        checked = operator.index(tag)
+    except TypeError:
+        raise TypeError(f"a tag is an int of 64 bits, not {tag!r}") from None
+    if not 0 <= checked < 1 << 64:
         raise ValueError(f"a tag is 64 bits, 0 to 2**64 - 1, not {tag}")
     return checked
 
 
 def _reopen(path: str, identity: tuple[int, ...]) -> BlockStore:
     """Unpickle a store: the one of this process, or the same file opened to read."""
-    for store in live.open_on(identity):
-        if isinstance(store, BlockStore):
+    for store in live.stores():
+        if isinstance(store, BlockStore) and store._mapped.identity == identity:
             return store
     store = open(path, mode="r")
+    store._quiet = True  # it goes with the last range or array that refers to it
     if store._mapped.identity != identity:
         store.close()
         raise StaleReferenceError(f"{path!r} is not the file that this reference was made for: it was replaced")

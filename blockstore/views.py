@@ -7,16 +7,16 @@ What keeps the view itself instead (a memoryview, `numpy.lib.stride_tricks.as_st
 like a mere alias in the counts and is told apart by asking the garbage collector. Reference counts differ between
 Pythons (3.14 borrows some), so the baseline is measured at import, by the code that is later used.
 
-CPython cannot revoke a pointer: finding is a diagnostic. Not found are raw addresses, DLPack capsules,
-`numpy.nditer`, kernels that run on without the GIL, and what holds the view itself where the borrower's own name for
-it is gone before the loan is taken back. This module knows shapes, dtypes and buffers; nothing of
-files or ranges.
+CPython cannot revoke a pointer: finding is a diagnostic. Not found are raw addresses, DLPack capsules, what was
+built from ``__array_interface__``, `numpy.nditer`, kernels that run on without the GIL, and what holds the view itself
+where the borrower's own name for it is gone before the loan is taken back. This module knows shapes, dtypes and
+buffers; nothing of files or ranges.
 
 Examples
 --------
 >>> import numpy as np
 >>> loan = Loan()
->>> a = loan.lend((4,), np.dtype("u1"), bytearray(4), 0)
+>>> a = loan.lend(np.ndarray(4, "u1", bytearray(4)))
 >>> a[:] = 7
 >>> row = a[1:3]
 >>> loan.take_back(), loan.count(), a.flags.writeable
@@ -109,20 +109,10 @@ class Loan:
     _root: NDArray[Any]
     _view: NDArray[Any]
 
-    def lend(self, shape: Shape | int, dtype: np.dtype[Any], buffer: Any, offset: int) -> NDArray[Any]:
-        """Return a writable C-ordered array over `buffer`, starting `offset` bytes into it.
-
-        Shape and dtype are trusted: see `check_layout`. NumPy still refuses what passes the buffer's end.
-        """
-        self._root = ndarray(shape, dtype, buffer, offset)
-        self._view = view = self._root.view()
-        return view
-
-    def lend_own(self, root: NDArray[Any]) -> NDArray[Any]:
-        """Lend an array that owns its memory."""
+    def lend(self, root: NDArray[Any]) -> NDArray[Any]:
+        """Lend `root`, an array that is over a buffer or owns its memory, and that nobody else holds."""
         self._root = root
-        del root
-        self._view = view = self._root.view()
+        self._view = view = root.view()
         return view
 
     def take_back(self) -> bool:
@@ -164,7 +154,7 @@ def _subclass_views(view: NDArray[Any]) -> int:
 def _refs() -> tuple[int, int]:
     """Measure the reference counts of a loan from which nothing escaped."""
     loan = Loan()
-    a = loan.lend((1,), BYTE, bytearray(1), 0)
+    a = loan.lend(ndarray(1, BYTE, bytearray(1)))
     counts = getrefcount(loan._root), getrefcount(loan._view)
     del a
     return counts

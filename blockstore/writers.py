@@ -23,6 +23,7 @@ ValueError: assignment destination is read-only
 import warnings
 from types import TracebackType
 from typing import Any
+from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,14 +45,13 @@ class Writer(Loan):
 
     def __enter__(self) -> NDArray[Any]:
         r = self._range
-        r._claim(object(), self._rewrite)
-        try:
-            if (layout := self._layout) is None:
-                return self.lend(r._nbytes, BYTE, r._owner._mapped.map, r._start)
-            return self.lend(layout[0], layout[1], r._owner._mapped.map, r._start)
-        except BaseException:
-            r._owner._claims.pop(r._start, None)
-            raise
+        shared = r._owner._mapped.map
+        if (layout := self._layout) is None:
+            root = np.ndarray(r._nbytes, BYTE, shared, r._start)
+        else:
+            root = np.ndarray(layout[0], layout[1], shared, r._start)
+        r._claim(ref(root), self._rewrite)
+        return self.lend(root)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -114,20 +114,23 @@ class DetachedWriter(Writer):
         r = self._range
         mapped = r._owner._mapped
         shape, dtype = self._layout or ((r._nbytes,), BYTE)
-        r._claim(object(), self._rewrite)
-        try:
-            untouched, r._touched = not r._touched, True
-            self._window = untouched and mapped.take_window(r._start, r._stop)
-            if self._window:
-                return self.lend(shape, dtype, mapped.windows, r._start)
-            if untouched and mapped.zeroed:
-                return self.lend_own(np.zeros(shape, dtype))
+        window = not r._touched and mapped.take_window(r._start, r._stop)
+        if window:
+            root = np.ndarray(shape, dtype, mapped.windows, r._start)
+        elif not r._touched and mapped.zeroed:
+            root = np.zeros(shape, dtype)
+        else:
             root = np.empty(shape, dtype)
+        r._claim(ref(root), self._rewrite)
+        if window and r._touched:  # another writer has come and gone since, and used the window up
+            private = np.empty(shape, dtype)
+            r._owner._claims[r._start] = ref(private)
+            window, root = False, private
+        if not window and (r._touched or not mapped.zeroed):
             mapped.get(root, r._start)
-            return self.lend_own(root)
-        except BaseException:
-            r._owner._claims.pop(r._start, None)
-            raise
+        r._touched = True
+        self._window = window
+        return self.lend(root)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -1,10 +1,12 @@
 """What outlives a writer is found and reported; what merely looks like it is not."""
 
+import gc
 import sys
 import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -713,3 +715,53 @@ def test_that_race_is_won_twice_where_looking_and_taking_are_two_steps(make_stor
     store._claims = TwoSteps()
 
     assert winners(store.allocate(100), 2) == 2
+
+
+# -- writers that Ctrl-C never let finish ---------------------------------------------------------
+
+
+def test_a_range_whose_writer_is_gone_without_an_exit_can_be_written_again(make: Make) -> None:
+    r = make()
+    writer = r.writer()
+    writer.__enter__()
+    with pytest.raises(bs.WriterBusyError, match="another writer is inside"):
+        r.write(ONES)
+
+    del writer
+    gc.collect()
+
+    assert r.write(ONES) == r.receipt
+
+
+def test_a_range_stays_busy_while_the_array_of_an_interrupted_exit_lives(make: Make) -> None:
+    r = make()
+    writer = r.writer()
+    a = writer.__enter__()
+    del writer
+    gc.collect()
+    with pytest.raises(bs.WriterBusyError, match="another writer is inside"):
+        r.write(ONES)
+
+    del a
+
+    assert r.write(ONES) == r.receipt
+
+
+def test_of_threads_that_take_over_from_a_writer_that_is_gone_one_wins(make_store: MakeStore) -> None:
+    store = make_store()
+    for _ in range(20):
+        r = store.allocate(len(ONES))
+        r.writer().__enter__()
+        gc.collect()
+        start = threading.Barrier(4)
+
+        def write(r: bs.AllocatedRange = r, start: threading.Barrier = start) -> bool:
+            start.wait()
+            try:
+                r.write(ONES)
+            except bs.RangeStateError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(4) as pool:
+            assert sorted(pool.map(lambda _: write(), range(4))) == [False, False, False, True]

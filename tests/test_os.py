@@ -22,6 +22,8 @@ import blockstore as bs
 from blockstore import _os
 
 NBYTES = 10_001
+RESERVE = "write" if PORTABLE else "posix_fallocate"
+"""The call of `os` that reserves space."""
 
 linux_only = pytest.mark.skipif(PORTABLE, reason="a matter of what only Linux has")
 
@@ -143,6 +145,26 @@ def test_a_new_file_is_made_where_there_is_no_proc(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "data.bin").read_bytes() == bytes(NBYTES)
 
 
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_is_thereafter(
+    tmp_path: Path, road: str, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    steps: list[str] = []
+
+    def record(name: str, step: Callable[..., str]) -> None:
+        really = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, **kwargs: (steps.append(step(*args)), really(*args, **kwargs))[1])
+
+    path = str(tmp_path / "data.bin")
+    record(RESERVE, lambda *_: "reserve")
+    record("fsync", lambda fd: "sync the folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "sync the file")
+    record("replace" if overwrite else "link", lambda source, target: "name" if target == path else "elsewhere")
+
+    new_file(tmp_path / "data.bin", overwrite=overwrite)
+
+    assert steps == ["reserve", "sync the file", "name", "sync the folder"]
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o000], ids=oct)
 def test_the_mode_of_a_new_file_follows_the_umask(tmp_path: Path, road: str, mask: int) -> None:
     before = os.umask(mask)
@@ -167,7 +189,6 @@ def test_without_reserving_the_file_is_sparse(tmp_path: Path) -> None:
 
 # -- what fails on the way ------------------------------------------------------------------------
 
-RESERVE = "write" if PORTABLE else "posix_fallocate"
 CODES = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EPERM]
 
 STEPS = [

@@ -496,7 +496,9 @@ USES = {
         ("ForeignRangeError", "BlockStoreError", "ValueError"),
         r"is of <BlockStore 'other\.bin'.* not of <BlockStore 'data\.bin'",
     ),
-    "flush a range": Case("store.flush([written])", ("TypeError",), "flush takes receipts, not <AllocatedRange"),
+    "flush a range": Case(
+        "store.flush([written])", ("TypeError",), "flush takes receipts, such as r.receipt, not <AllocatedRange"
+    ),
     "write a spent range": Case(
         "spent.write(bytes(5000))",
         ("SpentRangeError", "RangeStateError", "BlockStoreError", "ValueError"),

@@ -227,21 +227,16 @@ def test_a_dtype_alone_allocates_nothing(store: bs.BlockStore) -> None:
 
 def lend(shape: tuple[int, ...] = (4, 6), dtype: str = "u1") -> tuple[Loan, np.ndarray[Any, Any]]:
     loan = Loan()
-    return loan, loan.lend(shape, np.dtype(dtype), bytearray(BUFFER_NBYTES), 0)
+    return loan, loan.lend(np.ndarray(shape, dtype, bytearray(BUFFER_NBYTES)))
 
 
 def test_what_is_lent_is_a_writable_array_over_the_buffer_from_the_offset() -> None:
     buffer = bytearray(100)
 
-    a = Loan().lend((2, 3), np.dtype("<u2"), buffer, 10)
+    a = Loan().lend(np.ndarray((2, 3), "<u2", buffer, 10))
     a[...] = [[1, 2, 3], [4, 5, 6]]
 
     assert buffer == bytes(10) + np.arange(1, 7, dtype="<u2").tobytes() + bytes(78)
-
-
-def test_numpy_itself_refuses_a_loan_past_the_buffer() -> None:
-    with pytest.raises(TypeError, match="buffer is too small"):
-        Loan().lend((10,), BYTE, bytearray(10), 1)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3)], ids=str)
@@ -317,7 +312,7 @@ def test_the_count_follows_the_views_that_are_alive(steps: list[int | None]) -> 
 def test_two_loans_of_one_buffer_count_their_own_views_only() -> None:
     buffer = bytearray(100)
     first, second = Loan(), Loan()
-    a, b = first.lend((10,), BYTE, buffer, 0), second.lend((10,), BYTE, buffer, 0)
+    a, b = first.lend(np.ndarray(10, BYTE, buffer)), second.lend(np.ndarray(10, BYTE, buffer))
 
     part = b[1:]
 
