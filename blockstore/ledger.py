@@ -56,11 +56,9 @@ class Ledger:
     def revoke(self, extent: Extent) -> None:
         """Void what was recorded of `extent`. The caller holds its claim."""
         self._log.append(_pack(extent._start, _REVOKED, 0, 0, self._draw()))
-        if len(self._log) > _COMPACT_MIN + 2 * self._compacted and self._flushing.acquire(blocking=False):
-            try:
+        if len(self._log) > _COMPACT_MIN + 2 * self._compacted and not self._flushing.locked():
+            with self._flushing:  # and not a plain acquire, after which Ctrl-C could leave it locked
                 self._compact(len(self._log))
-            finally:
-                self._flushing.release()
 
     def flush(self, wanted: Sequence[WriteReceipt] | None) -> int:
         """Make `wanted` durable, or all; return how many receipts became so. See `BlockStore.flush`."""
