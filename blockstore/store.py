@@ -19,6 +19,7 @@ Examples
 
 import operator
 import os
+import secrets
 import threading
 import warnings
 import weakref
@@ -218,6 +219,7 @@ class BlockStore:
         self._ledger = Ledger(mapped.sync)
         self._claims: dict[int, weakref.ref[Any]] = {}
         self._stale = threading.Lock()
+        self._token = secrets.token_bytes(8)  # tells it from other stores of the file
         self._quiet = False  # whether not to warn if it is never closed
         self._down: str | None = None
         self._escaped = options.escaped
@@ -418,7 +420,7 @@ class BlockStore:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._down is not None:
             self._refuse()
-        return _reopen, (self.path, self._mapped.identity)
+        return _reopen, (self.path, self._mapped.identity, self.mode, self._token)
 
     def __repr__(self) -> str:
         if self._down is None:
@@ -504,10 +506,11 @@ def _check_tag(tag: int) -> int:
     return checked
 
 
-def _reopen(path: str, identity: tuple[int, ...]) -> BlockStore:
-    """Unpickle a store: the one of this process, or the same file opened to read."""
-    for store in live.stores():
-        if isinstance(store, BlockStore) and store._mapped.identity == identity:
+def _reopen(path: str, identity: tuple[int, ...], mode: str, token: bytes) -> BlockStore:
+    """Unpickle a store: itself, or one of this process that grants no more, or the same file opened to read."""
+    found = [s for s in live.stores() if isinstance(s, BlockStore) and s._mapped.identity == identity]
+    for store in sorted(found, key=lambda s: s._token != token):
+        if store._token == token or mode == "r+" or store.mode == "r":
             return store
     store = open(path, mode="r")
     store._quiet = True  # it goes with the last range or array that refers to it

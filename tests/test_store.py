@@ -1041,6 +1041,13 @@ def test_a_store_unpickles_to_itself_in_the_same_process(store: BlockStore) -> N
     assert pickle.loads(pickle.dumps(store)) is store
 
 
+def test_a_store_unpickles_to_itself_while_others_are_open_on_its_file(store: BlockStore) -> None:
+    with bs.open(store.path, mode="r") as reader, bs.open(store.path) as other:
+        unpickled = [pickle.loads(pickle.dumps(each)) for each in (store, reader, other)]
+
+        assert unpickled == [store, reader, other]
+
+
 def test_a_written_range_unpickles_to_a_reference(store: BlockStore) -> None:
     r = store.allocate(shape=(2, 3), dtype="f4", tag=7)
     r.write(np.arange(6, dtype="f4").reshape(2, 3))
