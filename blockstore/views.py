@@ -29,6 +29,8 @@ Examples
 import gc
 import math
 import operator
+import os
+import threading
 from collections.abc import Iterable, Sequence
 from sys import getrefcount
 from typing import Any
@@ -127,10 +129,11 @@ class Loan:
         aliases from memoryviews among them asks the garbage collector for every object alive: some milliseconds,
         unless not `scan`.
         """
-        count = max(getrefcount(self._root) - _ROOT_REFS, 0)
-        if scan and getrefcount(self._view) > _VIEW_REFS - (not named):
-            count += sum(map(_reaches_memory, gc.get_referrers(self._view))) + _subclass_views(self._view)
-        return count
+        with _scanning:
+            count = max(getrefcount(self._root) - _ROOT_REFS, 0)
+            if scan and getrefcount(self._view) > _VIEW_REFS - (not named):
+                count += sum(map(_reaches_memory, gc.get_referrers(self._view))) + _subclass_views(self._view)
+            return count
 
     def pass_on(self) -> "Loan":
         """Return another loan of the same array, which counts in place of this one."""
@@ -138,6 +141,19 @@ class Loan:
         loan._root, loan._view = self._root, self._view
         del self._root, self._view
         return loan
+
+
+_scanning = threading.Lock()
+"""Held while counting: a scan holds every object alive for a moment, the temporary views of other threads too."""
+
+
+def _unlock_after_fork() -> None:
+    global _scanning
+    _scanning = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_after_fork)
 
 
 def _reaches_memory(holder: object) -> bool:

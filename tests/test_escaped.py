@@ -765,3 +765,35 @@ def test_of_threads_that_take_over_from_a_writer_that_is_gone_one_wins(make_stor
 
         with ThreadPoolExecutor(4) as pool:
             assert sorted(pool.map(lambda _: write(), range(4))) == [False, False, False, True]
+
+
+def test_the_scan_of_one_thread_is_no_escape_in_another(make_store: MakeStore) -> None:
+    store, over = make_store(escaped="raise"), threading.Event()
+
+    def exit_with_aliases() -> None:
+        r = store.allocate(10)
+        while not over.is_set():
+            with r.writer(rewrite=True) as a:
+                alias = a
+            del a, alias
+
+    def exit_after_temporary_views() -> None:
+        r = store.allocate(10)
+        for _ in range(300):
+            with r.writer(rewrite=True) as a:
+                for _ in range(20):
+                    memoryview(a)[1:]
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            scanning = [pool.submit(exit_with_aliases) for _ in range(2)]
+            try:
+                pool.submit(exit_after_temporary_views).result()
+            finally:
+                over.set()
+            for each in scanning:
+                each.result()
+    finally:
+        sys.setswitchinterval(before)
