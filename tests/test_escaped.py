@@ -779,7 +779,7 @@ def test_the_scan_of_one_thread_is_no_escape_in_another(make_store: MakeStore) -
 
     def exit_after_temporary_views() -> None:
         r = store.allocate(10)
-        for _ in range(300):
+        for _ in range(100):
             with r.writer(rewrite=True) as a:
                 for _ in range(20):
                     memoryview(a)[1:]
