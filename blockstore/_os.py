@@ -90,6 +90,7 @@ class File:
         """Close with the last reference; now, if that is gone."""
         self._kept = False
         if self._finalized:
+            self._finalized = False
             os.close(self._fd)
 
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:

@@ -45,7 +45,7 @@ class Owner(Protocol):
     _claims: "dict[int, ref[Any]]"
     """A weak reference of each open writer, by the start of its range, to what dies when nobody can write any more.
 
-    Changed by `setdefault` and `pop` only, which are atomic."""
+    Each change is one atomic step: `setdefault`, and what only the holder of a claim does to it."""
     _stale: threading.Lock
     """Held to remove a claim whose writer was interrupted before it could."""
     _down: str | None
@@ -120,8 +120,9 @@ class AllocatedRange(Extent):
         Returns
         -------
         context manager
-            ``with r.writer() as a:`` binds `a` to a C-ordered `numpy.ndarray` on the file's memory map, which
-            shows what the file holds. A clean exit makes `a` read-only and sets `receipt`.
+            ``with r.writer() as a:`` binds `a` to a C-ordered `numpy.ndarray`, which shows what the file holds. It
+            is on the file's memory map, or private and written at the exit: see `create` for `access` and `guard`.
+            A clean exit makes `a` read-only and sets `receipt`.
 
         Raises
         ------
@@ -147,7 +148,7 @@ class AllocatedRange(Extent):
         Parameters
         ----------
         data : bytes-like or ndarray
-            Exactly `nbytes` bytes. For a range allocated with a dtype, an array of that dtype and shape.
+            Exactly `nbytes` bytes. For a range allocated with a dtype an array has that dtype and shape.
         rewrite : bool
             As in `writer`.
 

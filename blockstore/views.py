@@ -31,7 +31,7 @@ import math
 import operator
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from sys import getrefcount
 from typing import Any
 
@@ -143,13 +143,15 @@ class Loan:
         return loan
 
 
-_scanning = threading.Lock()
-"""Held while counting: a scan holds every object alive for a moment, the temporary views of other threads too."""
+_scanning = threading.RLock()
+"""Held while counting: a scan holds every object alive for a moment, the temporary views of other threads too.
+
+Reentrant, since what is finalized during a scan may be a generator with a loan of its own."""
 
 
 def _unlock_after_fork() -> None:
     global _scanning
-    _scanning = threading.Lock()
+    _scanning = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -163,8 +165,14 @@ def _reaches_memory(holder: object) -> bool:
 
 
 def _subclass_views(view: NDArray[Any]) -> int:
-    """Count arrays of other types over `view`: NumPy does not collapse their base, nor tell the collector of it."""
-    return sum(isinstance(each, ndarray) and each.base is view for each in gc.get_objects())
+    """Count arrays of other types over `view`: NumPy does not collapse their base, nor tell the collector of it.
+
+    Asks the types only: `isinstance` would ask each object alive for its ``__class__``, which runs code of theirs.
+    """
+    return sum(issubclass(type(each), ndarray) and _base_of(each) is view for each in gc.get_objects())
+
+
+_base_of: Callable[[Any], object] = ndarray.base.__get__  # a getset descriptor of C
 
 
 def _refs() -> tuple[int, int]:

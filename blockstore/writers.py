@@ -1,7 +1,7 @@
 """Writers: the ``with`` block in which a range is a writable array.
 
 A clean exit makes the array read-only and issues the receipt; any other exit issues none. `Writer` lends
-a view on the file's map. `SealedWriter` lends memory that is cut off from the file at the exit. This module
+a view on the file's map. `DetachedWriter` lends memory that is cut off from the file at the exit. This module
 knows ranges and loans, and of the store only what `Owner` says.
 
 Examples
@@ -28,7 +28,7 @@ from weakref import ref
 import numpy as np
 from numpy.typing import NDArray
 
-from blockstore.errors import EscapedViewError, EscapedViewWarning, escaped_text
+from blockstore.errors import EscapedViewError, EscapedViewWarning, RangeStateError, escaped_text
 from blockstore.ranges import AllocatedRange
 from blockstore.views import BYTE, Layout, Loan
 
@@ -59,13 +59,22 @@ class Writer(Loan):
         r = self._range
         owner = r._owner
         try:
-            if self.take_back() or kind is not None or owner._down is not None:
+            held = self.take_back()
+        except AttributeError:
+            raise self._outside() from None
+        try:
+            if held or kind is not None or owner._down is not None:
                 self._leave(kind, stacklevel=3)
             else:
+                del self._root, self._view
                 r._shown = self._layout
                 r._sequence = owner._ledger.record(r)
         finally:
             owner._claims.pop(r._start, None)
+
+    def _outside(self) -> RangeStateError:
+        """Return the error of an exit that belongs to no block: nothing is lent, and the claim is another's."""
+        return RangeStateError(f"cannot leave {self._range._where()}: this writer is not inside")
 
     def _leave(self, kind: type[BaseException] | None, stacklevel: int) -> None:
         """Leave in any way but the plain one."""
@@ -86,9 +95,10 @@ class Writer(Loan):
 
     def _keep_escaped(self) -> int:
         """Count the views that escaped; while there are any, the range takes no new writer."""
-        count = self.count(scan=self._range._owner._escaped != "ignore")
+        loan = self.pass_on()
+        count = loan.count(scan=self._range._owner._escaped != "ignore")
         if count:
-            self._range._bar = self.pass_on()
+            self._range._bar = loan
         return count
 
     _danger = "what is written through them from now on may reach the file"
@@ -139,6 +149,9 @@ class DetachedWriter(Writer):
         mapped = r._owner._mapped
         try:
             self.take_back()
+        except AttributeError:
+            raise self._outside() from None
+        try:
             try:
                 if self._window:
                     mapped.seal(r._start, r._stop)
@@ -155,5 +168,6 @@ class DetachedWriter(Writer):
 def sparse_writer(range_: AllocatedRange, layout: Layout | None, rewrite: bool) -> Writer:
     """Make the writer of a sparsely filled store: of large ranges a view on huge pages, else a private array."""
     if range_._owner._mapped.prepare_view(range_._start, range_._stop):
+        range_._touched = True
         return Writer(range_, layout, rewrite)
     return DetachedWriter(range_, layout, rewrite)

@@ -276,13 +276,14 @@ def stopped(process: "subprocess.Popen[str]") -> list[str]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_leaves_nothing_behind(folder: Path, here: Path) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands on that it is ignored
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background hands on that it is ignored
     process = subprocess.Popen(
         [sys.executable, "-m", "blockstore", "demo", str(folder), "--rounds", "1000000"],
         env={**os.environ, "PYTHONPATH": str(Path(bs.__file__).parents[1])},
         stderr=subprocess.PIPE,
         text=True,
     )
+    signal.signal(signal.SIGINT, before)
     while not list(here.glob("blockstore-demo-*/packed")):
         assert process.poll() is None
 

@@ -5,6 +5,7 @@ import sys
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -795,3 +796,93 @@ def test_the_scan_of_one_thread_is_no_escape_in_another(tmp_path: Path, monkeypa
         scan.result()
 
     assert r.receipt is not None
+
+
+def test_objects_that_answer_no_questions_do_not_disturb_a_scan(make: Make) -> None:
+    class Gone:
+        pass
+
+    class Angry:
+        @property
+        def __class__(self) -> type:  # what isinstance() asks, and a lazy object answers by doing its work
+            raise RuntimeError("do not ask")
+
+        @__class__.setter
+        def __class__(self, value: type) -> None: ...
+
+    dead, angry = weakref.proxy(Gone()), Angry()
+    r = make(escaped="raise")
+
+    with r.writer() as a:
+        alias = a
+    del alias
+
+    assert r.receipt is not None
+    assert type(dead) is weakref.ProxyType
+    assert type(angry) is Angry
+
+
+def test_a_writer_that_is_finalized_during_the_scan_of_another_does_not_hang(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store()
+    inner, outer = store.allocate(10), store.allocate(10)
+
+    def inside() -> Iterator[None]:
+        with inner.writer() as a:
+            alias = a
+            yield
+            del alias
+
+    generators = [inside()]
+    next(generators[0])
+
+    def collect(get_objects: Callable[[], list[Any]] = gc.get_objects) -> list[Any]:
+        if generators:
+            generators.pop().close()
+        return get_objects()
+
+    def leave() -> None:
+        with outer.writer() as a:
+            alias = a
+        del a, alias
+
+    monkeypatch.setattr(gc, "get_objects", collect)
+    thread = threading.Thread(target=leave, daemon=True)
+    thread.start()
+    thread.join(HANG_SECONDS / 4)
+
+    assert not thread.is_alive()
+    assert outer.receipt is not None
+    assert inner.receipt is None
+    assert inner.write(bytes(10)) == inner.receipt
+
+
+# -- exits that belong to no block ----------------------------------------------------------------
+
+
+def test_an_exit_that_was_never_entered_does_not_let_a_second_writer_in(make: Make) -> None:
+    r = make()
+
+    with r.writer():
+        with pytest.raises(bs.RangeStateError, match="this writer is not inside"):
+            r.writer().__exit__(None, None, None)
+        with pytest.raises(bs.WriterBusyError, match="another writer is inside"):
+            r.write(ONES)
+
+    assert r.receipt is not None
+
+
+def test_a_second_exit_makes_no_second_receipt(make: Make) -> None:
+    r = make()
+    writer = r.writer()
+    with writer:
+        pass
+    receipt = r.receipt
+
+    with pytest.raises(bs.RangeStateError, match="this writer is not inside"):
+        writer.__exit__(None, None, None)
+
+    assert r.receipt == receipt
+    assert receipt is not None
+    assert not receipt.revoked

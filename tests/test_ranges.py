@@ -1075,3 +1075,21 @@ def test_a_masked_array_is_refused_since_its_mask_has_no_place(tmp_path: Path) -
             r.write(np.ma.masked_array([1, 2], [True, False], "i4"))
 
         assert r.receipt is None
+
+
+def test_the_parts_of_a_large_sparse_range_show_what_a_failed_writer_left(tmp_path: Path) -> None:
+    def fail(r: AllocatedRange) -> None:
+        with r.writer() as a:
+            a[:] = 7
+            raise KeyError("half-way")
+
+    with bs.create(tmp_path / "sparse.bin", 1 << 23, access="sparse") as store:
+        r = store.allocate(1 << 22)
+        with pytest.raises(KeyError, match="half-way"):
+            fail(r)
+        low, _ = r.split_up(4096)
+        assert low is not None
+        with low.writer() as a:
+            seen = a.tolist()
+
+    assert seen == [7] * 4096
