@@ -21,8 +21,11 @@ from blockstore.errors import (
     DtypeError,
     EscapedViewError,
     EscapedViewWarning,
+    FileSystemWarning,
     ForeignRangeError,
     ForkedStoreError,
+    JournalDamageWarning,
+    JournalMismatchError,
     LayoutError,
     LengthError,
     NotRegularFileError,
@@ -37,8 +40,9 @@ from blockstore.errors import (
     StoreInUseError,
     WriterBusyError,
 )
+from blockstore.opening import create, open
 from blockstore.ranges import ALIGNMENT, AllocatedRange, WriteReceipt, align_down, align_up
-from blockstore.store import BlockStore, create, open
+from blockstore.store import BlockStore
 
 __all__ = [
     "ALIGNMENT",
@@ -51,8 +55,11 @@ __all__ = [
     "DtypeError",
     "EscapedViewError",
     "EscapedViewWarning",
+    "FileSystemWarning",
     "ForeignRangeError",
     "ForkedStoreError",
+    "JournalDamageWarning",
+    "JournalMismatchError",
     "LayoutError",
     "LengthError",
     "NotRegularFileError",

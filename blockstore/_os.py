@@ -93,6 +93,13 @@ class File:
             self._finalized = False
             os.close(self._fd)
 
+    def abandon(self) -> None:
+        """In a forked child, where nobody else runs any more: close now, so that no lock of it outlives the parent."""
+        if not (self._finalized and not self._kept):
+            self._kept, self._finalized = True, False
+            os.close(self._fd)
+            self._fd = -1
+
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
         self._finalized = True
         if not self._kept:
@@ -115,21 +122,22 @@ def new_file(path: str, nbytes: int, *, overwrite: bool, reserve: bool) -> Itera
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
             raise _not_regular(path, mode)
         if not overwrite:
-            raise _exists(path)
+            raise exists(path)
     directory = os.path.dirname(path) or "."
-    with _nameless(directory) as (file, name):
+    with nameless(directory) as (file, name):
         _size(file, nbytes, path, reserve=reserve)
         os.fsync(file.fileno())
         yield file
-        _publish(file, name, path, directory, overwrite=overwrite)
+        publish(file, name, path, directory, overwrite=overwrite)
 
 
-def open_file(path: str, *, writable: bool) -> File:
-    """Open an existing regular file that is not empty.
+def open_file(path: str, *, writable: bool, follow: bool = True) -> File:
+    """Open an existing regular file that is not empty; through a symlink only if told to `follow`.
 
     Opens without blocking, so that a FIFO is refused and not waited for.
     """
     flags = (os.O_RDWR if writable else os.O_RDONLY) | _BINARY | getattr(os, "O_NONBLOCK", 0)
+    flags |= 0 if follow else getattr(os, "O_NOFOLLOW", 0)
     try:
         file = File(os.open(path, flags))
     except OSError:
@@ -192,7 +200,35 @@ def write_at(file: File, data: Any, offset: int) -> bool:
     return True
 
 
-def sync(file: File, mapped: Map) -> None:
+def put_at(file: File, data: bytes, offset: int) -> None:
+    """Write bytes to `offset`, past whatever is mapped there."""
+    if hasattr(os, "pwrite"):
+        while data:
+            done = os.pwrite(file.fileno(), data, offset)
+            data, offset = data[done:], offset + done
+    else:
+        os.lseek(file.fileno(), offset, os.SEEK_SET)
+        while data:
+            data = data[os.write(file.fileno(), data) :]
+
+
+def reserve_space(file: File, nbytes: int) -> None:
+    """See to it that a file has `nbytes` bytes, and space on the disk for each."""
+    if not PORTABLE:
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        return
+    os.lseek(file.fileno(), 0, os.SEEK_END)
+    zeros, left = memoryview(bytes(1 << 20)), nbytes - os.fstat(file.fileno()).st_size
+    while left > 0:
+        left -= os.write(file.fileno(), zeros[:left])
+
+
+def shrink(file: File, nbytes: int) -> None:
+    """Cut a file down to `nbytes`. What is mapped beyond may not be touched any more."""
+    os.ftruncate(file.fileno(), nbytes)
+
+
+def sync(file: File, mapped: Map | mmap.mmap) -> None:
     """Return when the disk has every byte written so far, through the map or the file."""
     if not PORTABLE:
         os.fdatasync(file.fileno())
@@ -204,6 +240,11 @@ def sync(file: File, mapped: Map) -> None:
         darwin.fcntl(file.fileno(), darwin.F_FULLFSYNC)
     else:
         os.fsync(file.fileno())
+
+
+def sync_file(file: File) -> None:
+    """Return when the disk has every byte of a file that is not mapped here."""
+    (os.fsync if PORTABLE else os.fdatasync)(file.fileno())
 
 
 def start_writeback(file: File, start: int, stop: int) -> None:
@@ -239,19 +280,15 @@ def _size(file: File, nbytes: int, path: str, *, reserve: bool) -> None:
     try:
         if not reserve:
             os.ftruncate(file.fileno(), nbytes)
-        elif not PORTABLE:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
         else:
-            zeros, left = memoryview(bytes(1 << 20)), nbytes
-            while left > 0:
-                left -= os.write(file.fileno(), zeros[:left])
+            reserve_space(file, nbytes)
     except OSError as error:
         what = "reserve" if reserve else "make a file of"
         raise OSError(error.errno, f"cannot {what} {nbytes} bytes: {error.strerror}", path) from None
 
 
 @contextlib.contextmanager
-def _nameless(directory: str) -> Iterator[tuple[File, str | None]]:
+def nameless(directory: str) -> Iterator[tuple[File, str | None]]:
     """Yield a new file, and its temporary name if it must have one; an error removes both."""
     name, fd = None, -1
     if not PORTABLE and Path(_FDS).is_dir():
@@ -264,31 +301,31 @@ def _nameless(directory: str) -> Iterator[tuple[File, str | None]]:
         name = _temporary(directory)
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY | getattr(os, "O_NOFOLLOW", 0), 0o666)
     file = File(fd)
-    with _removed_on_error(name, file) if name is not None else contextlib.nullcontext():
+    with removed_on_error(name, file) if name is not None else contextlib.nullcontext():
         yield file, name
 
 
-def _publish(file: File, name: str | None, path: str, directory: str, *, overwrite: bool) -> None:
+def publish(file: File, name: str | None, path: str, directory: str, *, overwrite: bool) -> None:
     """Give the new file its name for good: `link` never replaces, `replace` does so in one step."""
     if overwrite:
         temporary = name or _temporary(directory)
-        with _removed_on_error(temporary, file):
+        with removed_on_error(temporary, file):
             if name is None:
                 _link(file, None, temporary)
             os.replace(temporary, path)
-        _sync_directory(directory)
+        sync_directory(directory)
         return
     try:
         _link(file, name, path)
     except FileExistsError:
-        raise _exists(path) from None
-    with _removed_on_error(path, file):
+        raise exists(path) from None
+    with removed_on_error(path, file):
         if name is not None and sys.platform != "win32":
             os.unlink(name)
-        _sync_directory(directory)
+        sync_directory(directory)
 
 
-def _sync_directory(directory: str) -> None:
+def sync_directory(directory: str) -> None:
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -298,7 +335,7 @@ def _sync_directory(directory: str) -> None:
 
 
 @contextlib.contextmanager
-def _removed_on_error(path: str, file: File) -> Iterator[None]:
+def removed_on_error(path: str, file: File) -> Iterator[None]:
     """Remove the name that `file` was given if the body fails, unless another file has it by now."""
     try:
         yield
@@ -326,7 +363,7 @@ def _temporary(directory: str) -> str:
     return os.path.join(directory, f".blockstore-{secrets.token_hex(8)}.tmp")
 
 
-def _exists(path: str) -> FileExistsError:
+def exists(path: str) -> FileExistsError:
     return FileExistsError(errno.EEXIST, "the file exists; open() it, or pass overwrite=True to replace it", path)
 
 

@@ -27,7 +27,7 @@ from io import BytesIO
 from typing import Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from blockstore.alignment import ALIGNMENT, align_up
 from blockstore.errors import OutOfSpaceError
@@ -55,18 +55,26 @@ class Allocator(ABC):
     ----------
     nbytes : int
         Bytes to hand out, 1 to 2**62. Not necessarily a multiple of `ALIGNMENT`: the last range may own less.
+    holes : array_like of int, shape (n, 2), optional
+        What of that is free, as ``(start, stop)`` in bytes, ascending and apart from each other; each is a multiple of
+        `ALIGNMENT`, but for a stop at `nbytes`. Default: all of it.
 
     Raises
     ------
     ValueError
-        If `nbytes` is out of bounds.
+        If `nbytes` is out of bounds, or `holes` are not as they should be.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, holes: ArrayLike | None = None) -> None:
         self._nbytes = operator.index(nbytes)
         self._lock = threading.Lock()
         if not 1 <= self._nbytes <= 1 << 62:
             raise ValueError(f"an allocator hands out 1 to 2**62 bytes, not {nbytes}")
+        self._begin([(0, self._nbytes)] if holes is None else _check_holes(holes, self._nbytes))
+
+    @abstractmethod
+    def _begin(self, holes: list[tuple[int, int]]) -> None:
+        """Have these holes, ascending, and no other."""
 
     @property
     def nbytes(self) -> int:
@@ -160,6 +168,27 @@ class Allocator(ABC):
         return f"<{type(self).__name__}: {self.free} of {self._nbytes} bytes free>"
 
 
+def _check_holes(holes: ArrayLike, nbytes: int) -> list[tuple[int, int]]:
+    """Return holes as pairs of ints, if an allocator can have them."""
+    pairs = np.asarray(holes)
+    if pairs.size == 0:
+        return []
+    if pairs.dtype.kind not in "iu" or pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(
+            f"holes are pairs of ints, (start, stop), not an array of {pairs.dtype} and shape {pairs.shape}"
+        )
+    starts, stops = pairs[:, 0], pairs[:, 1]
+    if (
+        np.any(starts >= stops)
+        or np.any(stops[:-1] > starts[1:])
+        or not 0 <= int(starts[0]) < int(stops[-1]) <= nbytes
+        or np.any(starts % ALIGNMENT)
+        or np.any((stops % ALIGNMENT != 0) & (stops != nbytes))
+    ):
+        raise ValueError(f"holes are ascending, apart, aligned to {ALIGNMENT} bytes, and within [0, {nbytes})")
+    return [(start, stop) for start, stop in pairs.tolist()]
+
+
 class UntilFull(Generic[T]):
     """Iterator that calls until there is no space left. Safe to share among threads."""
 
@@ -184,10 +213,10 @@ class SequentialAllocator(Allocator):
     One lock, held for a few hundred nanoseconds. O(1) while the first hole fits, O(holes) otherwise.
     """
 
-    def __init__(self, nbytes: int) -> None:
-        super().__init__(nbytes)
-        self._start, self._stop = 0, self._nbytes  # the lowest hole, empty only when no other is left
-        self._holes: deque[tuple[int, int]] = deque()  # the others, ascending
+    def _begin(self, holes: list[tuple[int, int]]) -> None:
+        self._holes = deque(holes)  # all but the lowest, ascending
+        end = (self._nbytes, self._nbytes)
+        self._start, self._stop = self._holes.popleft() if holes else end  # empty only when no other is left
 
     @property
     def free(self) -> int:
@@ -241,10 +270,10 @@ class ConcurrentAllocator(Allocator):
     between waits for that. Those steps are O(log holes). With several holes the order of starts is not defined.
     """
 
-    def __init__(self, nbytes: int) -> None:
-        super().__init__(nbytes)
-        self._holes: list[tuple[int, int, int]] = []  # a heap of (-size, start, stop)
-        self._window = _Window(0, self._nbytes)
+    def _begin(self, holes: list[tuple[int, int]]) -> None:
+        self._holes = [(start - stop, start, stop) for start, stop in holes]  # a heap, the largest first
+        heapq.heapify(self._holes)
+        self._window = _Window(*(heapq.heappop(self._holes)[1:] if holes else (self._nbytes, self._nbytes)))
 
     @property
     def free(self) -> int:

@@ -19,15 +19,18 @@ what was asked, what was there, and in which unit. Errors of the system itself (
     ├── EscapedViewError         BufferError         views of an earlier writer are alive
     ├── ForeignRangeError        ValueError          the range or receipt is not this store's
     ├── RevokedReceiptError      ValueError          a rewrite voided the receipt
-    ├── StoreInUseError          BlockingIOError     another store of this process writes it
+    ├── StoreInUseError          BlockingIOError     another store has the file open to write
     ├── StaleReferenceError      ValueError          the file of a pickled store was replaced
     ├── ClosedStoreError         ValueError          the store is closed
     ├── ForkedStoreError         RuntimeError        the store was inherited through a fork
     ├── ReadOnlyStoreError       io.UnsupportedOperation   the store was opened with mode="r"
+    ├── JournalMismatchError     ValueError          the journal is another file's, or none
     ├── NotRegularFileError      OSError             a directory, FIFO or device
     └── PoisonedStoreError       OSError(EIO)        an earlier sync failed
 
     EscapedViewWarning(UserWarning)
+    FileSystemWarning(UserWarning)       it cannot promise what was asked for
+    JournalDamageWarning(UserWarning)    records were unreadable, and are lost
 
 Examples
 --------
@@ -49,8 +52,11 @@ __all__ = [
     "DtypeError",
     "EscapedViewError",
     "EscapedViewWarning",
+    "FileSystemWarning",
     "ForeignRangeError",
     "ForkedStoreError",
+    "JournalDamageWarning",
+    "JournalMismatchError",
     "LayoutError",
     "LengthError",
     "NotRegularFileError",
@@ -178,7 +184,19 @@ class ForeignRangeError(BlockStoreError, ValueError):
 
 
 class RevokedReceiptError(BlockStoreError, ValueError):
-    """A receipt whose range has been opened for rewriting since."""
+    """A receipt whose range has been opened for rewriting since, or which a failed sync has voided."""
+
+
+class JournalMismatchError(BlockStoreError, ValueError):
+    """The file where the journal of a store should be is another store's journal, or no journal at all."""
+
+
+class JournalDamageWarning(UserWarning):
+    """Records in the midst of a journal are damaged: what they said is lost, the others hold."""
+
+
+class FileSystemWarning(UserWarning):
+    """The file system cannot keep a promise that was asked for: durability, or reserved space."""
 
 
 class StaleReferenceError(BlockStoreError, ValueError):
@@ -186,7 +204,7 @@ class StaleReferenceError(BlockStoreError, ValueError):
 
 
 class StoreInUseError(BlockStoreError, BlockingIOError):
-    """The file is open for writing in another store of this process."""
+    """Another store, of this process or another one, has the file open for writing."""
 
 
 class ClosedStoreError(BlockStoreError, ValueError):

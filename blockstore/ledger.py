@@ -1,125 +1,283 @@
-"""Ledger: what was written and stands, and how much of it is durable.
+"""Ledger: what was written and stands, and how much of it is durable. The protocol over a journal.
 
-A log of fixed-size records in the order of the exits; the last record of a range wins. Each record draws a sequence
-number, and one sync covers every number drawn before it began (group commit), so a flush costs the same for any
-number of receipts. A sync that failed poisons the ledger for good: the kernel reports success the second time and
-the data is gone. This module knows extents and a callable that syncs; nothing of files.
+Each exit draws a sequence number and appends a record, at no system call. A flush makes durable, in this order and
+whatever their number, all receipts drawn before it began: sync the data, append one record that says so, sync the
+journal; only then are they called durable. A rewrite appends its revocation first, and waits for the disk to have it
+if what it revokes is on the disk, or may come to be. A sync or a journal write that failed poisons the ledger for good:
+the kernel reports success the second time and the data is gone. Why each step is there is in docs/durability.md.
+
+This module knows extents, records and a callable that syncs the data; nothing of files.
 """
 
+import contextlib
 import errno
-import itertools
-import struct
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blockstore.errors import PoisonedStoreError
+from blockstore.errors import ClosedStoreError, PoisonedStoreError
+from blockstore.journal import Header, Journal, NoSpaceError
 from blockstore.receipts import Extent, WriteReceipt
+from blockstore.records import DURABLE, RECEIPT, REVOKED, VOID, WRITTEN, Standing, receipts_of, standing
 
-RECEIPT = np.dtype([("start", "<u8"), ("stop", "<u8"), ("nbytes", "<u8"), ("tag", "<u8"), ("durable", "?")])
-"""The dtype of `BlockStore.receipts`."""
-
-_RECORD = np.dtype([("start", "<u8"), ("stop", "<u8"), ("nbytes", "<u8"), ("tag", "<u8"), ("sequence", "<u8")])
-_pack = struct.Struct("<5Q").pack
-_REVOKED = 0  # as `stop` of a record
 _COMPACT_MIN = 10_000
+_NEVER = 1 << 64
+
+Replace = Callable[[Header, int, int, int], AbstractContextManager[tuple[Journal, Callable[[], None]]]]
+"""Makes an empty journal, and a function that puts it in the place of the old one. Takes the header, boot and mount,
+a number of records to have space for, and the descriptor of the old one.
+
+Raises `NoSpaceError` if there is no space for it, and leaves nothing behind unless the function was called."""
 
 
 class Ledger:
-    """The receipts of one store. Recording takes no lock: each step is one atomic operation.
+    """The receipts of one store.
 
     Parameters
     ----------
-    sync : callable
-        Returns when the disk has all bytes, or raises `OSError`.
+    journal : Journal or None
+        Where records go; None for a store that has none, and hands out nothing.
+    sync_data : callable
+        Returns when the disk has all bytes of the store, or raises `OSError`.
+    replace : callable
+        See `Replace`.
+    sequence : int
+        The next sequence number: above all in the journal.
+    lasting : bool
+        Whether a sync means anything on this file system. If not, nothing is ever called durable.
     """
 
-    def __init__(self, sync: Callable[[], None]) -> None:
-        self._sync = sync
-        self._draw = itertools.count().__next__
-        self._log: list[bytes] = []  # each item one record or more
-        self._flushing = threading.Lock()
-        self._flushed = 0  # items of the log that a flush has covered
-        self._compacted = 0  # records that stood when the log was last compacted
+    def __init__(
+        self,
+        journal: Journal | None,
+        sync_data: Callable[[], None],
+        replace: Replace,
+        *,
+        sequence: int = 0,
+        lasting: bool = True,
+        known: NDArray[np.void] | None = None,
+    ) -> None:
+        self._journal = journal
+        self._sync_data = sync_data
+        self._replace = replace
+        self._lasting = lasting
+        self._known = np.empty(0, RECEIPT) if known is None else known
+        self._appending = threading.Lock()  # held for an append, never for a system call that waits
+        self._syncing = threading.Lock()  # held for a sync of the journal
+        self._flushing = threading.Lock()  # held for a flush; taken before the other two
+        self._next = sequence
         self._failure: OSError | None = None
-        self.durable_below = 0
-        """Records with a smaller sequence number are durable."""
+        self._closed = False
+        if journal is not None:
+            journal.keep()
+        self._flushed = 0 if journal is None else journal.count  # records that a flush has covered
+        self._synced = self._flushed  # records that the disk has
+        self._compacted = self._flushed  # records when the journal was last compacted
+        self._promised = sequence  # receipts below may be on the disk as durable
+        self._unsynced_revocation = False  # of a receipt that is not promised yet
+        self.durable_below = sequence if lasting else 0
+        """Receipts with a smaller sequence number are durable."""
+        self.void_from = _NEVER
+        """Receipts with this sequence number or a larger one are void: a sync failed."""
 
-    def record(self, extent: Extent) -> int:
-        """Note that a writer of `extent` has just left, and return its sequence number. The caller holds the claim."""
-        sequence = self._draw()
-        self._log.append(_pack(extent._start, extent._stop, extent._nbytes, extent._tag, sequence))
+    # -- what writers do ------------------------------------------------------------------------------
+
+    def record(self, extent: Extent, checksum: int = 0) -> int:
+        """Note that a writer of `extent` has just left; give the extent its sequence number, and return it.
+
+        The caller holds the claim. Raises `OSError`, with nothing noted, if there is no space for the record.
+        """
+        with self._appending:
+            journal = self._journal
+            if journal is None or self._failure is not None or self._closed:
+                self._refuse()
+            sequence = self._next
+            self._next = sequence + 1
+            before = journal.count
+            try:
+                journal.append(WRITTEN, sequence, extent._start, extent._stop, extent._nbytes, extent._tag, checksum)
+                extent._sequence = sequence
+            except BaseException:  # Ctrl-C: the record may be there, but there will be no receipt
+                if journal.count != before and extent._sequence != sequence:
+                    journal.append(REVOKED, sequence, extent._start, extent._stop)
+                raise
         return sequence
 
     def revoke(self, extent: Extent) -> None:
-        """Void what was recorded of `extent`. The caller holds its claim."""
-        self._log.append(_pack(extent._start, _REVOKED, 0, 0, self._draw()))
-        if len(self._log) > _COMPACT_MIN + 2 * self._compacted and not self._flushing.locked():
+        """Void what was recorded of `extent`, on the disk too, before a byte changes. The caller holds its claim."""
+        with self._appending:
+            journal, revoked = self._journal, extent._sequence
+            if journal is None or revoked is None or self._failure is not None or self._closed:
+                self._refuse()
+            sequence = self._next
+            self._next = sequence + 1
+            before = journal.count
+            promised = revoked < self._promised
+            self._unsynced_revocation |= not promised
+            try:
+                journal.append(REVOKED, sequence, extent._start, extent._stop)
+            finally:
+                if journal.count != before:
+                    extent._sequence = None
+            count = before + 1
+        if promised:
+            self._sync_journal(count)
+        if count > _COMPACT_MIN + 2 * self._compacted and not self._flushing.locked():
             with self._flushing:  # and not a plain acquire, after which Ctrl-C could leave it locked
-                self._compact(len(self._log))
+                self._compact()
+
+    # -- what makes it last ---------------------------------------------------------------------------
 
     def flush(self, wanted: Sequence[WriteReceipt] | None) -> int:
         """Make `wanted` durable, or all; return how many receipts became so. See `BlockStore.flush`."""
         with self._flushing:
-            done = self._flushed == len(self._log) if wanted is None else all(receipt.durable for receipt in wanted)
-            if done and self._failure is None:
+            if self._failure is not None:
+                self._refuse()
+            with self._appending:
+                journal = self._journal
+                if journal is None or self._closed:
+                    return 0
+                count, below = journal.count, self._next
+                if count == self._flushed or (wanted is not None and all(receipt.durable for receipt in wanted)):
+                    return 0
+                self._next = below + 1
+            self._or_poison(self._sync_data)
+            if not self._lasting:
                 return 0
-            items = len(self._log)
-            below = self._draw()  # what is recorded from here on waits for the next sync
-            self._sync_or_poison()
+            self._say_durable(journal, below)
+            self._sync_journal(journal.count)
+            covered = standing(journal.records(self._flushed, count), journal.epoch)
             self.durable_below = below
-            covered = _replay(self._log[self._flushed : items])
-            self._flushed = items
-            if items > _COMPACT_MIN + 2 * self._compacted:
-                self._compact(items)
-            return len(covered)
+            self._flushed = count
+            if count > _COMPACT_MIN + 2 * self._compacted:
+                self._compact()
+            return len(covered.where)
 
     def sync(self) -> None:
-        """Sync, whether or not a record waits for it."""
+        """Sync the data, whether or not a record waits for it."""
         with self._flushing:
-            self._sync_or_poison()
+            if self._failure is not None:
+                self._refuse()
+            self._or_poison(self._sync_data)
+
+    def close(self) -> None:
+        """Record nothing any more, and let go of the journal."""
+        with self._appending:
+            self._closed = True
+            journal = self._journal
+        if journal is not None:
+            journal.close(trim=self._failure is None)
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the journal, which is the parent's. No lock may be taken."""
+        self._closed = True
+        if self._journal is not None:
+            self._journal.abandon()
+
+    # -- what it knows --------------------------------------------------------------------------------
 
     def as_array(self) -> NDArray[np.void]:
         """Return the receipts that stand, in order of `start`. See `BlockStore.receipts`."""
+        journal = self._journal
+        if journal is None:
+            return self._known.copy()
         below = self.durable_below
-        records = _replay(self._log.copy())
-        receipts = np.empty(records.shape, RECEIPT)
-        for name in ("start", "stop", "nbytes", "tag"):
-            receipts[name] = records[name]
-        receipts["durable"] = records["sequence"] < below
-        return receipts
+        records = journal.records()
+        found = standing(records, journal.epoch)
+        sequences = records["sequence"][found.where]
+        stands = sequences < min(self.void_from, _NEVER - 1)
+        return receipts_of(records, Standing(found.where[stands], (sequences < below)[stands], 0))
 
-    def _compact(self, items: int) -> None:
-        """Replace the first items, which are at least those that were flushed, by what stands of them."""
-        standing = _replay(self._log[:items])
-        durable = standing["sequence"] < self.durable_below
-        parts = [part.tobytes() for part in (standing[durable], standing[~durable])]
-        self._log[:items] = filter(None, parts)
-        self._flushed = int(bool(parts[0]))
-        self._compacted = len(standing)
+    # -- steps ----------------------------------------------------------------------------------------
 
-    def _sync_or_poison(self) -> None:
-        if self._failure is not None:
-            raise PoisonedStoreError(
-                self._failure.errno or errno.EIO, f"an earlier sync failed ({self._failure}): reopen the store to go on"
-            ) from self._failure
+    def _say_durable(self, journal: Journal, below: int) -> None:
+        """Append the record that makes all that was drawn before `below` durable, once the disk has its revocations."""
+        while True:
+            with self._appending:
+                if not self._unsynced_revocation:
+                    journal.append(DURABLE, below, self.durable_below, below)
+                    self._promised = below
+                    return
+                self._unsynced_revocation = False
+                count = journal.count
+            self._sync_journal(count)
+
+    def _sync_journal(self, count: int) -> None:
+        """Return when the disk has the first `count` records; one sync serves all who wait."""
+        with self._syncing:
+            if self._failure is not None:
+                self._refuse()
+            journal = self._journal
+            if journal is not None and self._synced < count:
+                appended = journal.count
+                self._or_poison(journal.sync)
+                self._synced = appended
+
+    def _compact(self) -> None:
+        """Put a new journal in place, of what stands. `_flushing` is held: nothing becomes durable meanwhile.
+
+        Other threads go on until the new one is on the disk, but for what they add to the old one.
+        """
+        old, below = self._journal, self.durable_below
+        if old is None or self._failure is not None or self._closed:
+            return
+        count = old.count
+        self._compacted = count  # if it fails for want of space, try again when there are as many again
+        stands = old.records(0, count)
+        stands = stands[np.sort(standing(stands, old.epoch).where)]
+        durable = stands["sequence"] < below
+
+        def swap() -> None:
+            with self._replace(old.header, old.epoch, len(stands) + _COMPACT_MIN, old.fileno()) as (new, publish):
+                new.extend(stands[durable])
+                if self._lasting:
+                    new.append(DURABLE, below, 0, below)
+                flushed = new.count
+                new.extend(stands[~durable])
+                new.sync()
+                with self._syncing, self._appending:
+                    if old.count > count:
+                        new.extend(old.records(count))
+                        new.sync()
+                    publish()
+                    self._journal, self._flushed, self._synced = new, flushed, new.count
+                    self._unsynced_revocation = False
+            old.close(trim=False)
+            self._compacted = len(stands)
+
+        with contextlib.suppress(NoSpaceError):
+            self._or_poison(swap)
+
+    def _or_poison(self, call: Callable[[], None]) -> None:
+        """Call what syncs or writes the journal; an error of that is the last one."""
         try:
-            self._sync()
+            call()
+        except NoSpaceError:
+            raise
         except OSError as error:
-            self._failure = error
+            with self._appending:
+                if self._failure is None:
+                    self._failure = error
+                    self.void_from = self.durable_below
+                    if self._journal is not None:
+                        with contextlib.suppress(OSError):
+                            self._journal.append_last(VOID, self._next, self.durable_below, self._next)
             raise PoisonedStoreError(
                 error.errno or errno.EIO, f"the sync failed ({error}): what was not durable may be lost"
             ) from error
 
+    def check(self) -> None:
+        """Raise `PoisonedStoreError` if a sync has failed."""
+        if self._failure is not None:
+            self._refuse()
 
-def _replay(log: list[bytes]) -> NDArray[np.void]:
-    """Return the last record of each range that is not revoked, in order of `start`."""
-    records = np.frombuffer(b"".join(log), _RECORD)
-    order = np.argsort(records["start"], kind="stable")
-    starts = records["start"][order]
-    last = np.flatnonzero(np.append(starts[1:] != starts[:-1], True)) if len(starts) else order
-    standing: NDArray[np.void] = records[order[last]]
-    stands: NDArray[np.bool_] = standing["stop"] != _REVOKED
-    return standing[stands]
+    def _refuse(self) -> NoReturn:
+        if self._failure is not None:
+            raise PoisonedStoreError(
+                self._failure.errno or errno.EIO, f"an earlier sync failed ({self._failure}): reopen the store to go on"
+            ) from self._failure
+        raise ClosedStoreError("the store was closed before the record was made")

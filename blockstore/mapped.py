@@ -166,7 +166,9 @@ class MappedFile:
         if self._file is not None and self.writable and not _os.PORTABLE:
             for mapped in self._maps():
                 _os.seal(self._file, mapped, 0, self.nbytes)
-        self._let_go()
+        if self._file is not None:
+            self._file.abandon()
+        self._file = self.map = self.windows = self.frozen = None
 
     def _maps(self) -> list[_os.Map]:
         return [mapped for mapped in (self.map, self.windows) if mapped is not None]

@@ -21,10 +21,9 @@ _ALLOCATORS: dict[str, type[Allocator]] = {"sequential": SequentialAllocator, "c
 class Options:
     """What a caller may choose, checked."""
 
-    __slots__ = ("access", "allocator", "escaped", "sealing", "writer")
+    __slots__ = ("access", "escaped", "sealing", "writer")
 
-    def __init__(self, allocator: str, access: str | None, guard: str, escaped: str) -> None:
-        self.allocator = _ALLOCATORS[choice("allocator", allocator, tuple(_ALLOCATORS))]
+    def __init__(self, access: str | None, guard: str, escaped: str) -> None:
         self.access = None if access is None else choice("access", access, tuple(_os.ADVICE))
         self.sealing = choice("guard", guard, ("flag", "seal")) == "seal"
         self.escaped = choice("escaped", escaped, ("warn", "raise", "ignore"))
@@ -42,6 +41,11 @@ class Options:
             advice=self.access or advice,
             sealing=self.sealing,
         )
+
+
+def allocator_class(name: str) -> type[Allocator]:
+    """Return the allocator of a name."""
+    return _ALLOCATORS[choice("allocator", name, tuple(_ALLOCATORS))]
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from blockstore.alignment import ALIGNMENT, align_down, align_up
+from blockstore.checksums import ChecksumFunction
 from blockstore.errors import (
     AlreadyWrittenError,
     DtypeError,
@@ -50,6 +51,8 @@ class Owner(Protocol):
     """Held to remove a claim whose writer was interrupted before it could."""
     _down: str | None
     """Why nothing may be done any more, or None."""
+    _digest: ChecksumFunction | None
+    """Computes what a receipt keeps of its bytes."""
     _escaped: str
     """What to do about escaped views: ``"warn"``, ``"raise"`` or ``"ignore"``."""
 
@@ -173,8 +176,7 @@ class AllocatedRange(Extent):
             if not self._owner._mapped.put(array, self._start) or self._owner._down is not None:
                 self._owner._refuse()
             self._shown = self._layout
-            self._sequence = sequence = self._owner._ledger.record(self)
-            return receipt_of(self, sequence)
+            return receipt_of(self, self._owner._ledger.record(self, self._checksum()))
         finally:
             self._owner._claims.pop(self._start, None)
 
@@ -203,6 +205,8 @@ class AllocatedRange(Extent):
                 raise SpentRangeError(f"cannot read {self._where()}: {self._bar}")
             why = "a writer is inside" if self._is_claimed() else "no writer has left it cleanly"
             raise NotWrittenError(f"cannot read {self._where()}: {why}")
+        if self._sequence is not None and self._sequence >= owner._ledger.void_from:
+            raise NotWrittenError(f"cannot read {self._where()}: its receipt is void, since a sync failed")
         shape, dtype = self._shown or ((self._nbytes,), BYTE)
         return np.ndarray(shape, dtype, frozen, self._start)
 
@@ -308,7 +312,15 @@ class AllocatedRange(Extent):
                 unless = " unless rewrite=True is passed" if verb == "write" else ""
                 raise AlreadyWrittenError(f"cannot {verb} {self._where()}: it is written, and immutable{unless}")
             self._owner._ledger.revoke(self)
-            self._sequence = None
+
+    def _checksum(self) -> int:
+        """Return the checksum of what the file holds here now, or 0 if the store keeps none."""
+        owner = self._owner
+        if (digest := owner._digest) is None:
+            return 0
+        if (shared := owner._mapped.map) is None:
+            owner._refuse()
+        return digest(np.ndarray(self._nbytes, BYTE, shared, self._start))
 
     def _is_claimed(self) -> bool:
         held = self._owner._claims.get(self._start)
@@ -334,7 +346,7 @@ class AllocatedRange(Extent):
         elif self._is_claimed():
             state = "being written"
         elif (receipt := self.receipt) is not None:
-            state = "durable" if receipt.durable else "written"
+            state = "durable" if receipt.durable else "void" if receipt.revoked else "written"
         else:
             state = "fresh"
         return f"<AllocatedRange {self._text()}, {state}>"

@@ -15,6 +15,10 @@ class Watermark(Protocol):
     def durable_below(self) -> int:
         """Records with a smaller sequence number are durable."""
 
+    @property
+    def void_from(self) -> int:
+        """Records with this sequence number or a larger one are void."""
+
 
 class Recorder(Protocol):
     """What a receipt needs of a store."""
@@ -102,8 +106,8 @@ class WriteReceipt:
 
     @property
     def revoked(self) -> bool:
-        """Whether the range was opened for rewriting since."""
-        return self._extent._sequence != self._sequence
+        """Whether the range was opened for rewriting since, or a sync failed that should have covered it."""
+        return self._extent._sequence != self._sequence or self._sequence >= self._extent._owner._ledger.void_from
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WriteReceipt):
@@ -117,7 +121,8 @@ class WriteReceipt:
         raise TypeError("a receipt does not pickle: BlockStore.receipts() is an array, which does")
 
     def __repr__(self) -> str:
-        state = "revoked" if self.revoked else "durable" if self.durable else "written"
+        void = self._sequence >= self._extent._owner._ledger.void_from
+        state = "void" if void else "revoked" if self.revoked else "durable" if self.durable else "written"
         return f"<WriteReceipt {self._extent._text()}, {state}>"
 
 

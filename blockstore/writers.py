@@ -68,7 +68,7 @@ class Writer(Loan):
             else:
                 del self._root, self._view
                 r._shown = self._layout
-                r._sequence = owner._ledger.record(r)
+                owner._ledger.record(r, 0 if owner._digest is None else r._checksum())
         finally:
             owner._claims.pop(r._start, None)
 
@@ -91,7 +91,7 @@ class Writer(Loan):
             text = f"{escaped_text(r._start, r._stop, count)}: {self._danger}"
             warnings.warn(text, EscapedViewWarning, stacklevel=stacklevel)
         r._shown = self._layout
-        r._sequence = owner._ledger.record(r)
+        owner._ledger.record(r, r._checksum())
 
     def _keep_escaped(self) -> int:
         """Count the views that escaped; while there are any, the range takes no new writer."""

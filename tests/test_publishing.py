@@ -73,13 +73,13 @@ def unfair_rounds(folder: Path, rounds: int) -> list[tuple[list[int], bytes]]:
 @pytest.fixture
 def publishing_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold each creator until all have found the path free and have a whole file to publish."""
-    publish, together = _os._publish, threading.Barrier(CREATORS)
+    publish, together = _os.publish, threading.Barrier(CREATORS)
 
     def wait_and_publish(*args: Any, **kwargs: Any) -> None:
         together.wait(HANG_SECONDS)
         publish(*args, **kwargs)
 
-    monkeypatch.setattr(_os, "_publish", wait_and_publish)
+    monkeypatch.setattr(_os, "publish", wait_and_publish)
 
 
 @pytest.mark.usefixtures("road", "publishing_at_once")
@@ -92,12 +92,12 @@ def test_of_threads_that_publish_at_once_exactly_one_wins(tmp_path: Path) -> Non
 def test_creators_that_replace_each_other_are_caught_by_the_same_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = _os._publish
+    publish = _os.publish
 
     def replace(*args: Any, overwrite: bool) -> None:
         publish(*args, overwrite=True)
 
-    monkeypatch.setattr(_os, "_publish", replace)
+    monkeypatch.setattr(_os, "publish", replace)
 
     assert [winners for winners, _ in unfair_rounds(tmp_path, 5)] == [[0, 1, 2]] * 5
 
@@ -106,13 +106,13 @@ def test_creators_that_replace_each_other_are_caught_by_the_same_check(
 def test_a_symlink_that_appears_during_creation_is_not_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, publish = tmp_path / "data.bin", _os._publish
+    path, publish = tmp_path / "data.bin", _os.publish
 
     def plant_and_publish(*args: Any, **kwargs: Any) -> None:
         path.symlink_to(tmp_path / "target")
         publish(*args, **kwargs)
 
-    monkeypatch.setattr(_os, "_publish", plant_and_publish)
+    monkeypatch.setattr(_os, "publish", plant_and_publish)
     with pytest.raises(FileExistsError, match="the file exists; open"):
         bs.create(path, 4096)
 

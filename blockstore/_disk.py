@@ -1,0 +1,136 @@
+"""What is asked of the machine about a file: which boot and mount it is in, on what file system, who has it locked.
+
+Nothing here changes a file. What cannot be known is None, 0 or "", and whoever asks takes the careful way then.
+
+- The boot is ``/proc/sys/kernel/random/boot_id`` (``random(4)``). ``BLOCKSTORE_BOOT_ID`` replaces it, so that a test
+  can play a reset.
+- The mount is the unique mount id of ``statx(2)`` (Linux 6.8), which no later mount gets again, or the reusable one.
+- The lock is an open file description lock (``fcntl_locking(2)``): gone with the process at once, even after
+  ``kill -9``, and not lost when the file is opened and closed elsewhere. A forked child shares it, and so closes it.
+"""
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from blockstore import _os
+
+if sys.platform != "win32":
+    import fcntl
+
+FORGETFUL = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
+"""File systems in memory: a sync promises nothing there."""
+
+COPY_ON_WRITE = frozenset({"btrfs", "zfs", "bcachefs", "apfs", "nilfs2"})
+"""File systems on which reserved space does not protect a later write from a full disk."""
+
+_LOCK_AT = 1 << 62
+_AT_EMPTY_PATH = 0x1000
+_STATX_MNT_ID, _STATX_MNT_ID_UNIQUE = 0x1000, 0x4000
+_BUSY = (errno.EAGAIN, errno.EACCES)
+
+
+def boot() -> str:
+    """Return what names the time since the machine was last started; empty if that is not known."""
+    if replaced := os.environ.get("BLOCKSTORE_BOOT_ID"):
+        return replaced
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return ""
+
+
+def epoch(file: _os.File) -> int:
+    """Return 64 bits that name the boot and the mount in which a file is open; 0 if they are not known."""
+    if not (since := boot()):
+        return 0
+    name = f"{since} {os.fstat(file.fileno()).st_dev} {_mount(file)}"
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") or 1
+
+
+def filesystem(file: _os.File) -> str:
+    """Return the kind of the file system, such as ``"ext4"``; empty if that is not known."""
+    try:
+        mount = f"{_reusable_mount(file)} "
+        for line in Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines():
+            if line.startswith(mount):
+                return line.partition(" - ")[2].split()[0]
+    except (OSError, IndexError):
+        pass
+    return ""
+
+
+def lock(file: _os.File, path: str) -> _os.File | None:
+    """Become the one writer of a file, which may have no name yet; return what holds the lock until it is closed.
+
+    It has a descriptor of its own, since a map keeps a copy of the one it was made from, for as long as an array over it
+    lives. Where the file system knows no locks, nobody is kept out. Raises `BlockingIOError` if somebody has the lock.
+    """
+    if sys.platform == "win32":
+        return None
+    try:
+        held = _os.File(os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR))
+    except OSError:
+        try:
+            held = _os.open_file(path, writable=True)
+        except OSError:
+            return None
+        if not os.path.samestat(os.fstat(held.fileno()), os.fstat(file.fileno())):
+            return None
+    try:
+        if _os.PORTABLE:
+            fcntl.flock(held.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            whole = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, _LOCK_AT, 1, 0)
+            fcntl.fcntl(held.fileno(), fcntl.F_OFD_SETLK, whole)
+    except OSError as error:
+        if error.errno in _BUSY:
+            raise BlockingIOError(error.errno, "somebody else writes it", path) from None
+        return None
+    return held
+
+
+@contextlib.contextmanager
+def folder_to_oneself(path: str) -> Iterator[None]:
+    """Keep others out who are about to give or change names in the folder of `path`; sync it at the end.
+
+    Where the file system knows no locks, nobody is kept out.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _mount(file: _os.File) -> int:
+    statx = None if _os.PORTABLE else getattr(ctypes.CDLL(None), "statx", None)
+    if statx is not None:
+        answer = ctypes.create_string_buffer(256)
+        if statx(file.fileno(), b"", _AT_EMPTY_PATH, _STATX_MNT_ID_UNIQUE | _STATX_MNT_ID, answer) == 0:
+            (mask,), (mount,) = struct.unpack_from("<I", answer), struct.unpack_from("<Q", answer, 0x90)
+            if mask & (_STATX_MNT_ID_UNIQUE | _STATX_MNT_ID):
+                return int(mount)
+    with contextlib.suppress(OSError):
+        return _reusable_mount(file)
+    return 0
+
+
+def _reusable_mount(file: _os.File) -> int:
+    """Return the mount id that ``/proc/self/mountinfo`` uses."""
+    for line in Path(f"/proc/self/fdinfo/{file.fileno()}").read_text("ascii").splitlines():
+        if line.startswith("mnt_id:"):
+            return int(line[7:])
+    return 0

@@ -1,0 +1,266 @@
+"""Journal: the file beside a store's file that holds its records. Append, sync, read back.
+
+One page of header, then records, then reserved space. Records are appended through a memory map, so that one costs no
+system call, survives the process, and can fill no disk: the space is reserved before. Nothing read from a file is
+executed: the header is a line of text and JSON, the records are checked one by one. This module knows one file and
+how records follow each other; what they mean is known to `records` and `ledger`. Offsets and sizes are bytes.
+"""
+
+import errno
+import io
+import json
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import NoReturn
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockstore import _os
+from blockstore.errors import JournalMismatchError, NotRegularFileError
+from blockstore.records import NBYTES, RECORD, Draft, own, valid
+
+HEADER_NBYTES = 4096
+
+_TITLE = b"blockstore journal, version 1, crc32 "
+_SPARE_NBYTES = 4096
+"""Space behind the map, so that the last word of a store, that it is poisoned, needs none."""
+_GROW_MIN, _GROW_MAX = 1 << 16, 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a journal says of its store."""
+
+    uuid: str
+    """32 hexadecimal digits, also in each record."""
+    nbytes: int
+    """Bytes of the store's file."""
+    inode: int
+    """Its inode, and the generation of that, 0 if unknown: a copy has others."""
+    generation: int
+    allocator: str
+    checksum: str | None
+
+    def encode(self) -> bytes:
+        """Return the header page."""
+        text = json.dumps(asdict(self)).encode("ascii")
+        page = _TITLE + b"%08x\n" % crc32(text) + text
+        return page.ljust(HEADER_NBYTES - 1) + b"\n"
+
+    @staticmethod
+    def decode(page: bytes, path: str) -> "Header":
+        """Return the header that a page holds, or raise `JournalMismatchError`."""
+        title, _, rest = page.partition(b"\n")
+        if not title.startswith(_TITLE):
+            raise JournalMismatchError(f"{path!r} is not a journal of blockstore: move it away, or pass another path")
+        text = rest.rstrip()
+        if title != _TITLE + b"%08x" % crc32(text):
+            raise JournalMismatchError(f"the header of the journal {path!r} is damaged: {_DISCARD}")
+        try:
+            values = json.loads(text)
+            header = Header(**{field.name: values[field.name] for field in fields(Header)})
+            if len(bytes.fromhex(header.uuid)) == 16 and type(header.nbytes) is int:
+                return header
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise JournalMismatchError(f"the header of the journal {path!r} makes no sense: {_DISCARD}")
+
+
+_DISCARD = "open(..., discard=True) makes a new one, and the whole file free"
+
+
+def is_journal(path: str) -> bool:
+    """Whether a path names a journal of ours, by its first bytes."""
+    try:
+        file = _os.open_file(path, writable=False, follow=False)
+    except (OSError, ValueError):
+        return False
+    return os.read(file.fileno(), len(_TITLE)) == _TITLE
+
+
+class NoSpaceError(OSError):
+    """No space could be reserved for a journal; nothing was changed."""
+
+
+class Journal:
+    """An open journal. Callers see to it that one thread at a time appends.
+
+    Attributes
+    ----------
+    header : Header
+    count : int
+        Records in it.
+    """
+
+    __slots__ = ("_draft", "_file", "_map", "_write", "header")
+
+    _map: mmap.mmap
+    _write: Callable[[bytes], int]
+
+    def __init__(self, file: _os.File, header: Header, count: int, epoch: int) -> None:
+        self._file: _os.File | None = file
+        self.header = header
+        self._draft = Draft(bytes.fromhex(header.uuid), epoch)
+        self._map_space(HEADER_NBYTES + count * NBYTES, 0)
+
+    @classmethod
+    def create(cls, file: _os.File, header: Header, epoch: int, count: int = 0) -> "Journal":
+        """Make a journal out of an empty file, with space for at least `count` records; not synced."""
+        _reserve(file, space_for(count))
+        _os.put_at(file, header.encode(), 0)
+        return cls(file, header, 0, epoch)
+
+    @property
+    def count(self) -> int:
+        """Records in it."""
+        return (self._map.tell() - HEADER_NBYTES) // NBYTES
+
+    @property
+    def epoch(self) -> int:
+        """Boot and mount that the records made here name."""
+        return self._draft.epoch
+
+    def append(
+        self, kind: int, sequence: int, start: int, stop: int, nbytes: int = 0, tag: int = 0, checksum: int = 0
+    ) -> None:
+        """Add a record. It survives the process at once, and the power after a `sync`.
+
+        Raises `NoSpaceError`, with nothing added, if no space can be reserved.
+        """
+        record = self._draft.pack(kind, sequence, start, stop, nbytes, tag, checksum)
+        try:
+            self._write(record)
+        except ValueError:  # the map is full
+            self._map_space(self._map.tell(), NBYTES)
+            self._write(record)
+
+    def extend(self, records: NDArray[np.void]) -> None:
+        """Add records as they are."""
+        if self._map.tell() + records.nbytes > len(self._map):
+            self._map_space(self._map.tell(), records.nbytes)
+        self._write(records.tobytes())
+
+    def append_last(self, kind: int, sequence: int, start: int, stop: int) -> None:
+        """Add a record behind which there will be no other, without needing space."""
+        if self._file is not None:
+            record = self._draft.pack(kind, sequence, start, stop, 0, 0, 0)
+            _os.put_at(self._file, record, self._map.tell())
+
+    def records(self, first: int = 0, stop: int | None = None) -> NDArray[np.void]:
+        """Return records as an array over the map, which stays valid when the journal is closed."""
+        stop = self.count if stop is None else stop
+        return np.ndarray(max(stop - first, 0), RECORD, self._map, HEADER_NBYTES + first * NBYTES)
+
+    def sync(self) -> None:
+        """Return when the disk has every record so far."""
+        if (file := self._file) is not None:
+            _os.sync(file, self._map)
+
+    def fileno(self) -> int:
+        return -1 if self._file is None else self._file.fileno()
+
+    def keep(self) -> None:
+        """Keep the file open until `close`, which the caller is sure to call."""
+        if self._file is not None:
+            self._file.keep()
+
+    def close(self, *, trim: bool = True) -> None:
+        """Let go of the file, and give back the space that was reserved for more. Nobody appends any more."""
+        file, self._file, self._write = self._file, None, _closed
+        if file is not None:
+            try:
+                if trim:
+                    _os.shrink(file, self._map.tell())
+            finally:
+                file.release()
+
+    def abandon(self) -> None:
+        """In a forked child: close the descriptor, whoever was using it."""
+        file, self._file, self._write = self._file, None, _closed
+        if file is not None:
+            file.abandon()
+
+    def _map_space(self, position: int, nbytes: int) -> None:
+        """Map the records up to `position`, where the next one goes, and space for at least `nbytes` more."""
+        if self._file is None:
+            _closed(b"")
+        if nbytes:
+            more = max(nbytes, min(max(position, _GROW_MIN), _GROW_MAX))
+            _reserve(self._file, position + more + _SPARE_NBYTES)
+        capacity = os.fstat(self._file.fileno()).st_size - _SPARE_NBYTES
+        if capacity < position:  # it was trimmed
+            capacity = position
+            _reserve(self._file, position + _SPARE_NBYTES)
+        mapped = mmap.mmap(self._file.fileno(), capacity)
+        mapped.seek(position)
+        self._map, self._write = mapped, mapped.write
+
+
+def space_for(count: int) -> int:
+    """Return the bytes of a new journal that has space for at least `count` records."""
+    return HEADER_NBYTES + max(count * NBYTES, _GROW_MIN) + _SPARE_NBYTES
+
+
+def _reserve(file: _os.File, nbytes: int) -> None:
+    try:
+        _os.reserve_space(file, nbytes)
+    except OSError as error:
+        raise NoSpaceError(
+            error.errno, f"cannot reserve {nbytes} bytes for the journal: {error.strerror}; nothing was recorded"
+        ) from None
+
+
+def _closed(record: bytes) -> NoReturn:
+    raise OSError(errno.EBADF, "the journal is closed")
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a journal file was found to hold."""
+
+    records: NDArray[np.void]
+    """The valid records of this store, in the order in which they were appended."""
+    index: NDArray[np.intp]
+    """Where each lies, counted in records."""
+    count: int
+    """Where the next record goes: behind the last valid one."""
+    damaged: NDArray[np.intp]
+    """Where, before that, there is none of ours that is whole."""
+
+
+def read_header(file: _os.File, path: str) -> Header:
+    """Read the first page of a journal. Raises `JournalMismatchError` if it is none of ours."""
+    with io.FileIO(file.fileno(), "r", closefd=False) as opened:
+        opened.seek(0)
+        page = opened.read(HEADER_NBYTES)
+    header = Header.decode(page, path)
+    if len(page) < HEADER_NBYTES:
+        raise JournalMismatchError(f"the journal {path!r} is cut off in its header: {_DISCARD}")
+    return header
+
+
+def read_records(file: _os.File, header: Header) -> Content:
+    """Read the records of a journal, and check each."""
+    with io.FileIO(file.fileno(), "r", closefd=False) as opened:
+        opened.seek(HEADER_NBYTES)
+        raw = np.fromfile(opened, np.uint8)
+    slots = raw[: len(raw) // NBYTES * NBYTES].view(RECORD)
+    used = np.flatnonzero(slots["magic"])
+    slots = slots[: int(used[-1]) + 1 if len(used) else 0]
+    ours = valid(slots) & own(slots, bytes.fromhex(header.uuid))
+    found = np.flatnonzero(ours)
+    count = int(found[-1]) + 1 if len(found) else 0
+    damaged = np.flatnonzero(~ours[:count])
+    return Content(slots[:count] if len(damaged) == 0 else slots[found], found, count, damaged)
+
+
+def open_journal(path: str, *, writable: bool) -> _os.File:
+    """Open a journal's file, not through a symlink."""
+    try:
+        return _os.open_file(path, writable=writable, follow=False)
+    except NotRegularFileError as error:
+        raise JournalMismatchError(f"the journal {path!r} is no regular file: {error.strerror}") from None

@@ -1,0 +1,138 @@
+"""Resume: read the journal of a file that is opened, and leave it in one lasting state.
+
+What is durable stands. What was only written stands if it was written in this boot and on this mount, and is made
+durable first; otherwise it is dropped for good. After that every receipt is durable. This module decides what records
+mean for the next session; nothing of ranges and allocators.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockstore import _os, sidecar
+from blockstore.alignment import ALIGNMENT
+from blockstore.errors import JournalDamageWarning, JournalMismatchError, PoisonedStoreError
+from blockstore.journal import Content, Journal, read_records
+from blockstore.records import DURABLE, VOID, Standing, receipts_of, standing
+
+
+class Resumed(NamedTuple):
+    """A journal in a lasting state."""
+
+    journal: Journal
+    receipts: NDArray[np.void]
+    """As `BlockStore.receipts`."""
+    sequence: int
+    """The next sequence number."""
+
+
+def look(found: sidecar.Found, epoch: int) -> tuple[Content, Standing, NDArray[np.void]]:
+    """Read a journal and return what stands, its receipts among it, without changing anything. Warns of damage.
+
+    Raises `JournalMismatchError` if what stands cannot be: ranges that overlap or leave the file.
+    """
+    content = read_records(found.file, found.header)
+    which = standing(content.records, epoch)
+    receipts = receipts_of(content.records, which)
+    starts, stops = receipts["start"], receipts["stop"]
+    if not (
+        np.all(starts < stops)
+        and np.all(stops[:-1] <= starts[1:])
+        and np.all(stops <= found.header.nbytes)
+        and np.all(receipts["nbytes"] <= stops - starts)
+        and not np.any(starts % np.uint64(ALIGNMENT))
+    ):
+        raise JournalMismatchError(
+            f"the journal {found.path!r} contradicts itself: its receipts overlap, or leave the file of "
+            f"{found.header.nbytes} bytes; discard=True makes the whole file free"
+        )
+    if lost := _lost(content, epoch):
+        warnings.warn(
+            f"{lost} of {content.count} records of the journal {found.path!r} are damaged. What they said is lost: "
+            "ranges that were written may be missing, and one that was being rewritten may look written",
+            JournalDamageWarning,
+            stacklevel=4,
+        )
+    return content, which, receipts
+
+
+def peek(found: sidecar.Found, epoch: int) -> NDArray[np.void]:
+    """Return the receipts that stand, as `BlockStore.receipts`, without changing anything."""
+    receipts = look(found, epoch)[2]
+    try:
+        _os.sync_file(found.file)  # what a killed process said may not be on the disk yet
+    except OSError:
+        receipts["durable"] = False
+    return receipts
+
+
+def settle(
+    path: str, file: _os.File, found: sidecar.Found, epoch: int, sync_data: Callable[[], None], *, lasting: bool
+) -> Resumed:
+    """Make durable what stands and forget the rest. Syncs the data once, if something was only written.
+
+    Raises
+    ------
+    PoisonedStoreError
+        If a sync fails. Then what was only written is void, and opening again has only what was durable.
+    OSError
+        If a new journal is needed and there is no space for it; nothing was changed.
+    """
+    content, which, receipts = look(found, epoch)
+    records = content.records
+    below = int(records["sequence"].max()) + 1 if len(records) else 0
+    fresh = records["sequence"][which.where[~which.durable]]
+    low = int(fresh.min()) if len(fresh) else below
+    _, inode, generation, _ = _os.identity(file)
+    header = replace(found.header, inode=inode, generation=generation)
+    journal = Journal(found.file, found.header, content.count, epoch)
+    try:
+        if len(fresh):
+            sync_data()
+        if header != found.header or len(content.damaged) or _is_worth_rewriting(records, which):
+            with sidecar.replacing(path, header, epoch, len(which.where)) as (new, publish):
+                new.extend(records[np.sort(which.where)])
+                if lasting:
+                    new.append(DURABLE, below, 0, below)
+                new.sync()
+                publish()
+            journal.close(trim=False)
+            journal = new
+        else:
+            if lasting:
+                journal.append(DURABLE, below, low, below)
+            journal.sync()
+    except BaseException as error:
+        if isinstance(error, OSError):
+            journal.append_last(VOID, below + 1, low, below)
+        journal.close(trim=False)
+        if isinstance(error, OSError):
+            raise PoisonedStoreError(
+                error.errno, f"the sync failed ({error}): what was written and not durable may be lost"
+            ) from error
+        raise
+    receipts["durable"] = lasting
+    return Resumed(journal, receipts, below + 1)
+
+
+def _is_worth_rewriting(records: NDArray[np.void], which: Standing) -> bool:
+    """Whether a journal holds a receipt that is dropped, the mark of a failed sync, or far more than what stands."""
+    return bool(which.dropped or np.any(records["kind"] == VOID) or len(records) > 1000 + 3 * len(which.where))
+
+
+def _lost(content: Content, epoch: int) -> int:
+    """Return how many records are damaged that the disk had: not those that a power loss tore.
+
+    Without a power loss none is torn but the last. With one those may be that came after the last completed sync;
+    what lies before the last DURABLE record but one was synced before the last one was made.
+    """
+    if not len(content.damaged):
+        return 0
+    if content.records["epoch"][-1] == epoch:
+        return len(content.damaged)
+    barriers = content.index[content.records["kind"] == DURABLE]
+    return int(np.count_nonzero(content.damaged < barriers[-2])) if len(barriers) > 1 else 0
