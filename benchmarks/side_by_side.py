@@ -1,6 +1,6 @@
 """Side by side: blockstore and what else could do the same work, in one run, as Markdown.
 
-``python -m benchmarks.side_by_side`` runs four sections, or those that are named: ``--section A``. Each measures its
+``python -m benchmarks.side_by_side`` runs five sections, or those that are named: ``--section A``. Each measures its
 ways in turns, each time in a new file on a real disk (``TMPDIR`` says where), and takes medians over the rounds. A
 ratio is the median of the ratios within a round, so that a slow minute of the machine hits both sides. ``--quick``
 takes small files and few rounds: it shows that all works, and no numbers to quote.
@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 import blockstore as bs
-from benchmarks import cycles, disk, machine, roads
+from benchmarks import cycles, disk, journal, machine, roads
 from benchmarks.base import KIB, MIB
 from benchmarks.roads import Road
 from blockstore import mapped
@@ -290,7 +290,39 @@ def _sealed(
         mapped.VIEW_MIN_NBYTES = before
 
 
-SECTIONS = {"A": section_a, "B": section_b, "C": section_c, "D": section_d}
+def section_e(run: Run) -> None:
+    """Compare keeping receipts in a journal with keeping them in memory."""
+    count, nbytes = (2_000, 32 * MIB) if run.quick else (50_000, 256 * MIB)
+    records = 100_000 if run.quick else 1_000_000
+    path = journal.million(run.folder, records)
+    paragraph("## E. What the journal costs")
+    paragraph(
+        'One thread, `access="dense"`: with the journal, and with receipts that only memory has.',
+        f"The replay of a journal of {records} records is compared with `np.fromfile` of the same bytes.",
+        "Ratios are time to time. Aims: filling 1.05, cycle 1.6, replay 10.",
+    )
+    fills = {True: "by `write()`", False: "through `writer()`"}
+    pairs: dict[str, tuple[Callable[[int], float], Callable[[int], float]]] = {
+        f"{size(nbytes)} in ranges of 64 KiB {how}": (
+            partial(journal.fill, folder=run.folder, nbytes=nbytes, journal=True, copy=copy),
+            partial(journal.fill, folder=run.folder, nbytes=nbytes, journal=False, copy=copy),
+        )
+        for copy, how in fills.items()
+    }
+    pairs["empty cycle, each"] = (
+        partial(journal.cycle, folder=run.folder, count=count, journal=True),
+        partial(journal.cycle, folder=run.folder, count=count, journal=False),
+    )
+    pairs[f"replay of {records} records"] = (partial(journal.replay, path=path), partial(journal.read, path=path))
+    rows = []
+    for name, (own, floor) in pairs.items():
+        measured = run.in_turns({"own": own, "floor": floor})
+        own_us, floor_us = (median(measured[way]) * 1e6 for way in ("own", "floor"))
+        rows.append([name, f"{own_us:.4g}", f"{floor_us:.4g}", f"{ratio(measured['own'], measured['floor']):.2f}"])
+    table(["what", "with the journal, us", "floor, us", "ratio"], rows)
+
+
+SECTIONS = {"A": section_a, "B": section_b, "C": section_c, "D": section_d, "E": section_e}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

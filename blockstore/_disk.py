@@ -69,8 +69,9 @@ def filesystem(file: _os.File) -> str:
 def lock(file: _os.File, path: str) -> _os.File | None:
     """Become the one writer of a file, which may have no name yet; return what holds the lock until it is closed.
 
-    It has a descriptor of its own, since a map keeps a copy of the one it was made from, for as long as an array over it
-    lives. Where the file system knows no locks, nobody is kept out. Raises `BlockingIOError` if somebody has the lock.
+    It has a descriptor of its own, since a map keeps a copy of the one it was made from for as long as an array over
+    it lives. Raises `BlockingIOError` if somebody has the lock. Where the file system knows no locks, nobody is
+    kept out.
     """
     if sys.platform == "win32":
         return None

@@ -29,8 +29,8 @@ what was asked, what was there, and in which unit. Errors of the system itself (
     └── PoisonedStoreError       OSError(EIO)        an earlier sync failed
 
     EscapedViewWarning(UserWarning)
-    FileSystemWarning(UserWarning)       it cannot promise what was asked for
-    JournalDamageWarning(UserWarning)    records were unreadable, and are lost
+    FileSystemWarning(UserWarning)
+    JournalDamageWarning(UserWarning)
 
 Examples
 --------

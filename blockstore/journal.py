@@ -155,6 +155,11 @@ class Journal:
         stop = self.count if stop is None else stop
         return np.ndarray(max(stop - first, 0), RECORD, self._map, HEADER_NBYTES + first * NBYTES)
 
+    def ends_with(self, sequence: int) -> bool:
+        """Whether the last record has this sequence number."""
+        count = self.count
+        return count > 0 and int(self.records(count - 1)["sequence"][0]) == sequence
+
     def sync(self) -> None:
         """Return when the disk has every record so far."""
         if (file := self._file) is not None:

@@ -77,8 +77,8 @@ class Ledger:
         self._flushed = 0 if journal is None else journal.count  # records that a flush has covered
         self._synced = self._flushed  # records that the disk has
         self._compacted = self._flushed  # records when the journal was last compacted
-        self._promised = sequence  # receipts below may be on the disk as durable
-        self._unsynced_revocation = False  # of a receipt that is not promised yet
+        self._promised = sequence  # receipts below are durable on the disk, or may become so
+        self._revoked_at = 0  # records up to the last revocation
         self.durable_below = sequence if lasting else 0
         """Receipts with a smaller sequence number are durable."""
         self.void_from = _NEVER
@@ -97,12 +97,11 @@ class Ledger:
                 self._refuse()
             sequence = self._next
             self._next = sequence + 1
-            before = journal.count
             try:
                 journal.append(WRITTEN, sequence, extent._start, extent._stop, extent._nbytes, extent._tag, checksum)
                 extent._sequence = sequence
             except BaseException:  # Ctrl-C: the record may be there, but there will be no receipt
-                if journal.count != before and extent._sequence != sequence:
+                if journal.ends_with(sequence) and extent._sequence != sequence:
                     journal.append(REVOKED, sequence, extent._start, extent._stop)
                 raise
         return sequence
@@ -115,15 +114,14 @@ class Ledger:
                 self._refuse()
             sequence = self._next
             self._next = sequence + 1
-            before = journal.count
             promised = revoked < self._promised
-            self._unsynced_revocation |= not promised
             try:
                 journal.append(REVOKED, sequence, extent._start, extent._stop)
             finally:
-                if journal.count != before:
+                if journal.ends_with(sequence):
                     extent._sequence = None
-            count = before + 1
+                    self._revoked_at = journal.count
+            count = journal.count
         if promised:
             self._sync_journal(count)
         if count > _COMPACT_MIN + 2 * self._compacted and not self._flushing.locked():
@@ -145,9 +143,12 @@ class Ledger:
                 if count == self._flushed or (wanted is not None and all(receipt.durable for receipt in wanted)):
                     return 0
                 self._next = below + 1
+                self._promised = below
+                revoked_at = self._revoked_at
             self._or_poison(self._sync_data)
             if not self._lasting:
                 return 0
+            self._sync_journal(revoked_at)
             self._say_durable(journal, below)
             self._sync_journal(journal.count)
             covered = standing(journal.records(self._flushed, count), journal.epoch)
@@ -165,11 +166,13 @@ class Ledger:
             self._or_poison(self._sync_data)
 
     def close(self) -> None:
-        """Record nothing any more, and let go of the journal."""
+        """Record nothing any more, remember what stands, and let go of the journal."""
         with self._appending:
             self._closed = True
             journal = self._journal
         if journal is not None:
+            self._known = self.as_array()
+            self._journal = None
             journal.close(trim=self._failure is None)
 
     def abandon(self) -> None:
@@ -195,16 +198,9 @@ class Ledger:
     # -- steps ----------------------------------------------------------------------------------------
 
     def _say_durable(self, journal: Journal, below: int) -> None:
-        """Append the record that makes all that was drawn before `below` durable, once the disk has its revocations."""
-        while True:
-            with self._appending:
-                if not self._unsynced_revocation:
-                    journal.append(DURABLE, below, self.durable_below, below)
-                    self._promised = below
-                    return
-                self._unsynced_revocation = False
-                count = journal.count
-            self._sync_journal(count)
+        """Append the record that makes all that was drawn before `below` durable."""
+        with self._appending:
+            journal.append(DURABLE, below, self.durable_below, below)
 
     def _sync_journal(self, count: int) -> None:
         """Return when the disk has the first `count` records; one sync serves all who wait."""
@@ -245,7 +241,7 @@ class Ledger:
                         new.sync()
                     publish()
                     self._journal, self._flushed, self._synced = new, flushed, new.count
-                    self._unsynced_revocation = False
+                    self._revoked_at = 0
             old.close(trim=False)
             self._compacted = len(stands)
 

@@ -138,6 +138,8 @@ def _check(raw: memoryview, good: NDArray[np.bool_], first: int, count: int) -> 
 
 def own(records: NDArray[np.void], uuid: bytes) -> NDArray[np.bool_]:
     """Return which records name the store `uuid`."""
+    if len(records) == 0:
+        return np.zeros(0, np.bool_)
     words = np.frombuffer(uuid, "<u8")
     halves = _fields(records, "uuid", "<u8", 2)
     return np.asarray((halves[:, 0] == words[0]) & (halves[:, 1] == words[1]))

@@ -24,6 +24,9 @@ from blockstore.journal import (
     space_for,
 )
 
+_USUAL_NBYTES, _MANY = 1 << 16, 1 << 16
+"""Bytes of a range for which a new journal has space, and for how many at most; it grows when there is no more."""
+
 
 def path_of(path: str) -> str:
     """Return where the journal of the file `path` is."""
@@ -53,7 +56,9 @@ def created(path: str, file: _os.File, header: Header, epoch: int, *, overwrite:
         fresh, final = _fresh(path), path_of(path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(fresh)
-        with _os.new_file(fresh, space_for(0), overwrite=False, reserve=True) as journal_file:
+        with _os.new_file(
+            fresh, space_for(min(header.nbytes // _USUAL_NBYTES, _MANY)), overwrite=False, reserve=True
+        ) as journal_file:
             journal = Journal.create(journal_file, header, epoch)
             journal.sync()
         with _os.removed_on_error(fresh, journal_file):
