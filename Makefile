@@ -8,7 +8,7 @@ DEV := $(VENV)-dev/bin
 PYTEST := -m pytest -m "not slow"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-optimized test-all lint format clean
+.PHONY: help demo test test-optimized test-crash test-all lint format clean
 .SECONDARY:
 
 help:  ## show this list
@@ -27,7 +27,10 @@ test: lint  ## lint, types, the whole suite with the coverage gate; on plain map
 test-optimized: $(VENV)-dev/.ready  ## the suite under python -O, where no assert of the library would hold
 	$(DEV)/python -O $(PYTEST)
 
-test-all: test test-optimized  ## everything: test, test-optimized, and the slow tests
+test-crash: $(VENV)-dev/.ready  ## kill, cut the power, fail the disk: the whole laboratory; needs root for most, QUICK=1 for a tenth
+	$(DEV)/python -m crashlab $(if $(QUICK),--quick) $(PARTS)
+
+test-all: test test-optimized test-crash  ## everything: test, test-optimized, test-crash, and the slow tests
 	$(DEV)/python -m pytest -m slow || [ $$? -eq 5 ]
 
 lint: $(VENV)-dev/.ready  ## ruff, formatting and strict types

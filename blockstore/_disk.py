@@ -34,6 +34,7 @@ _LOCK_AT = 1 << 62
 _AT_EMPTY_PATH = 0x1000
 _STATX_MNT_ID, _STATX_MNT_ID_UNIQUE = 0x1000, 0x4000
 _BUSY = (errno.EAGAIN, errno.EACCES)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def boot() -> str:
@@ -42,7 +43,7 @@ def boot() -> str:
         return replaced
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         return ""
 
 
@@ -61,7 +62,7 @@ def filesystem(file: _os.File) -> str:
         for line in Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines():
             if line.startswith(mount):
                 return line.partition(" - ")[2].split()[0]
-    except (OSError, IndexError):
+    except (FileNotFoundError, PermissionError, IndexError):
         pass
     return ""
 
@@ -77,10 +78,10 @@ def lock(file: _os.File, path: str) -> _os.File | None:
         return None
     try:
         held = _os.File(os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR))
-    except OSError:
+    except FileNotFoundError:
         try:
             held = _os.open_file(path, writable=True)
-        except OSError:
+        except FileNotFoundError:
             return None
         if not os.path.samestat(os.fstat(held.fileno()), os.fstat(file.fileno())):
             return None
@@ -90,16 +91,19 @@ def lock(file: _os.File, path: str) -> _os.File | None:
         else:
             whole = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, _LOCK_AT, 1, 0)
             fcntl.fcntl(held.fileno(), fcntl.F_OFD_SETLK, whole)
+        return held
     except OSError as error:
+        held.close_now()
+        if error.errno in _NO_LOCKS:
+            return None
         if error.errno in _BUSY:
             raise BlockingIOError(error.errno, "somebody else writes it", path) from None
-        return None
-    return held
+        raise
 
 
 @contextlib.contextmanager
 def folder_to_oneself(path: str) -> Iterator[None]:
-    """Keep others out who are about to give or change names in the folder of `path`; sync it at the end.
+    """Keep others out who are about to give or change names in the folder of `path`.
 
     Where the file system knows no locks, nobody is kept out.
     """
@@ -108,10 +112,12 @@ def folder_to_oneself(path: str) -> Iterator[None]:
         return
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(folder, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         yield
-        os.fsync(folder)
     finally:
         os.close(folder)
 
@@ -124,7 +130,7 @@ def _mount(file: _os.File) -> int:
             (mask,), (mount,) = struct.unpack_from("<I", answer), struct.unpack_from("<Q", answer, 0x90)
             if mask & (_STATX_MNT_ID_UNIQUE | _STATX_MNT_ID):
                 return int(mount)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(FileNotFoundError, PermissionError):
         return _reusable_mount(file)
     return 0
 

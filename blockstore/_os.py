@@ -93,8 +93,8 @@ class File:
             self._finalized = False
             os.close(self._fd)
 
-    def abandon(self) -> None:
-        """In a forked child, where nobody else runs any more: close now, so that no lock of it outlives the parent."""
+    def close_now(self) -> None:
+        """Close, whoever has a reference: for what nobody else uses, and in a forked child, where nobody else runs."""
         if not (self._finalized and not self._kept):
             self._kept, self._finalized = True, False
             os.close(self._fd)

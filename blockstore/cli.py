@@ -9,13 +9,15 @@ import os
 import statistics
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
-from blockstore import demo
+from blockstore import _disk, _os, demo
+from blockstore.errors import FileSystemWarning
 
 PROMISES = {
     "": "durable  overlap     receipts  full disk",
@@ -63,9 +65,9 @@ def run_demo(folder: Path, workers: int, rounds: int, keep: Path | None = None) 
     with (
         tempfile.TemporaryDirectory(prefix="blockstore-demo-", dir=keep.parent if keep else ".") as temporary,
         _progress(len(sources) * rounds * len(demo.ROADS)) as advance,
+        warnings.catch_warnings(action="ignore", category=FileSystemWarning),
     ):
-        if _in_memory(Path(temporary).resolve()):
-            print("note: this folder is in memory, where nothing is durable", file=sys.stderr)
+        _print_note(temporary)
         target = Path(temporary, "packed")
         work = demo.Work(sources, workers, advance, failures)
         for name, seconds, starts in demo.runs(target, work, rounds):
@@ -132,13 +134,15 @@ def _progress(total: int) -> Iterator[Callable[[int], object]]:
     yield advance
 
 
-def _in_memory(folder: Path) -> bool:
-    """Whether a folder is known to be on a tmpfs, where a sync does nothing (``proc(5)``)."""
-    kinds: dict[str, str] = {}
+def _print_note(folder: str) -> None:
+    """Say once what the table does not hold for, where the library would warn in each round."""
+    kind = ""
     with suppress(OSError):
-        kinds = dict(line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines())
-    mounts = [str(parent) for parent in (folder, *folder.parents) if str(parent) in kinds]
-    return bool(mounts) and kinds[mounts[0]] in ("tmpfs", "ramfs")
+        kind = _disk.filesystem(_os.File(os.open(folder, os.O_RDONLY)))
+    if kind in _disk.FORGETFUL:
+        print("note: this folder is in memory, where nothing is durable", file=sys.stderr)
+    elif kind in _disk.COPY_ON_WRITE:
+        print(f"note: this folder is on {kind}, where reserved space does not help on a full disk", file=sys.stderr)
 
 
 def _positive(text: str) -> int:

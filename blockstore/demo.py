@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import blockstore as bs
+from blockstore import sidecar
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,8 @@ def verify(target: Path, starts: dict[int, int], work: Work) -> None:
 def runs(target: Path, work: Work, rounds: int) -> Iterator[tuple[str, float, dict[int, int]]]:
     """Pack by each road in turn and verify; yield its name, the seconds it took, and where the sources start.
 
-    Each round begins with another road. `target` is there when a run is yielded, and removed afterwards.
+    Each round begins with another road. `target` is there when a run is yielded, and removed afterwards, with its
+    journal if it has one.
     """
     names = list(ROADS)
     for index in range(rounds * len(names)):
@@ -196,4 +198,5 @@ def runs(target: Path, work: Work, rounds: int) -> Iterator[tuple[str, float, di
         seconds = time.perf_counter() - began
         verify(target, starts, work)
         yield name, seconds, starts
-        target.unlink(missing_ok=True)
+        for path in (target, Path(sidecar.path_of(str(target)))):
+            path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockstore import _os
-from blockstore.errors import JournalMismatchError, NotRegularFileError
+from blockstore.errors import JournalMismatchError, LayoutError, NotRegularFileError
 from blockstore.records import NBYTES, RECORD, Draft, own, valid
 
 HEADER_NBYTES = 4096
@@ -187,7 +187,7 @@ class Journal:
         """In a forked child: close the descriptor, whoever was using it."""
         file, self._file, self._write = self._file, None, _closed
         if file is not None:
-            file.abandon()
+            file.close_now()
 
     def _map_space(self, position: int, nbytes: int) -> None:
         """Map the records up to `position`, where the next one goes, and space for at least `nbytes` more."""
@@ -267,5 +267,9 @@ def open_journal(path: str, *, writable: bool) -> _os.File:
     """Open a journal's file, not through a symlink."""
     try:
         return _os.open_file(path, writable=writable, follow=False)
-    except NotRegularFileError as error:
-        raise JournalMismatchError(f"the journal {path!r} is no regular file: {error.strerror}") from None
+    except LayoutError:
+        raise JournalMismatchError(f"the journal {path!r} is empty: {_DISCARD}") from None
+    except OSError as error:
+        if isinstance(error, NotRegularFileError) or error.errno == errno.ELOOP:
+            raise JournalMismatchError(f"the journal {path!r} is no regular file: {error.strerror}") from None
+        raise

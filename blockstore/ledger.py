@@ -27,9 +27,9 @@ from blockstore.records import DURABLE, RECEIPT, REVOKED, VOID, WRITTEN, Standin
 _COMPACT_MIN = 10_000
 _NEVER = 1 << 64
 
-Replace = Callable[[Header, int, int, int], AbstractContextManager[tuple[Journal, Callable[[], None]]]]
+Replace = Callable[[Header, int, int], AbstractContextManager[tuple[Journal, Callable[[], None]]]]
 """Makes an empty journal, and a function that puts it in the place of the old one. Takes the header, boot and mount,
-a number of records to have space for, and the descriptor of the old one.
+and a number of records to have space for.
 
 Raises `NoSpaceError` if there is no space for it, and leaves nothing behind unless the function was called."""
 
@@ -228,7 +228,7 @@ class Ledger:
         durable = stands["sequence"] < below
 
         def swap() -> None:
-            with self._replace(old.header, old.epoch, len(stands) + _COMPACT_MIN, old.fileno()) as (new, publish):
+            with self._replace(old.header, old.epoch, len(stands) + _COMPACT_MIN) as (new, publish):
                 new.extend(stands[durable])
                 if self._lasting:
                     new.append(DURABLE, below, 0, below)
@@ -239,7 +239,11 @@ class Ledger:
                     if old.count > count:
                         new.extend(old.records(count))
                         new.sync()
-                    publish()
+                    try:
+                        publish()
+                    except OSError:  # it may be in place, but not for good
+                        new.append_last(VOID, self._next, below, self._next)
+                        raise
                     self._journal, self._flushed, self._synced = new, flushed, new.count
                     self._revoked_at = 0
             old.close(trim=False)

@@ -167,7 +167,7 @@ class MappedFile:
             for mapped in self._maps():
                 _os.seal(self._file, mapped, 0, self.nbytes)
         if self._file is not None:
-            self._file.abandon()
+            self._file.close_now()
         self._file = self.map = self.windows = self.frozen = None
 
     def _maps(self) -> list[_os.Map]:

@@ -18,7 +18,6 @@ import numpy as np
 from blockstore import _disk, _os, live, sidecar
 from blockstore.checksums import ChecksumKind, checksum_function
 from blockstore.errors import FileSystemWarning, StaleReferenceError, StoreInUseError
-from blockstore.journal import Journal
 from blockstore.ledger import Ledger
 from blockstore.options import Access, AllocatorKind, Escaped, Guard, Options, allocator_class, choice
 from blockstore.records import RECEIPT, holes
@@ -113,16 +112,20 @@ def create(
     allocator_type = allocator_class(allocator)
     digest = None if checksum is None else checksum_function(checksum)
     target = _absolute(path)
-    with contextlib.ExitStack() as both:  # noqa: SIM117  # the journal gets its name after the file has
-        with _os.new_file(target, operator.index(nbytes), overwrite=overwrite, reserve=reserve) as file:
+    with contextlib.ExitStack() as undo:
+        with (
+            contextlib.ExitStack() as last,  # what gives the journal its name, once the file has its own
+            _os.new_file(target, operator.index(nbytes), overwrite=overwrite, reserve=reserve) as file,
+        ):
+            lasting = _say_limits(file, target, reserve=reserve)
             mapped = options.map(file, writable=True, zeroed=True, advice="dense" if reserve else None)
-            lock = _disk.lock(file, target)
+            lock = _locked(file, target, undo)
             header, epoch = sidecar.new_header(file, allocator, checksum), _epoch(file)
-            journal = both.enter_context(sidecar.created(target, file, header, epoch, overwrite=overwrite))
-    ledger = Ledger(
-        journal, mapped.sync, partial(sidecar.replacing, target), lasting=_say_limits(file, target, reserve=reserve)
-    )
-    return BlockStore(target, mapped, options, allocator_type(mapped.nbytes), ledger, digest, lock)
+            journal = last.enter_context(sidecar.created(target, file, header, epoch, overwrite=overwrite))
+        ledger = Ledger(journal, mapped.sync, partial(sidecar.replacing, target, mapped.identity), lasting=lasting)
+        store = BlockStore(target, mapped, options, allocator_type(mapped.nbytes), ledger, digest, lock)
+        undo.pop_all()
+        return store
 
 
 def open(
@@ -208,44 +211,52 @@ def open(
     writable = mode == "r+"
     target = _absolute(path)
     file = _os.open_file(target, writable=writable)
+    real = os.path.realpath(target)  # the journal is beside the file, not beside a link to it
+    with contextlib.ExitStack() as undo:
+        lock = _locked(file, target, undo) if writable else None
+        lasting = not writable or _say_limits(file, target, reserve=False)
+        epoch = _epoch(file)
+        found = None if discard else sidecar.find(real, file, writable=writable, adopt=adopt)
+        checksum_kind = checksum if found is None else found.header.checksum
+        digest = None if checksum_kind is None else checksum_function(checksum_kind)
+        mapped = options.map(file, writable=writable)
+        journal, sequence, receipts = None, 0, np.empty(0, RECEIPT)
+        if discard:
+            header = sidecar.new_header(file, allocator or "sequential", checksum)
+            with sidecar.replacing(real, mapped.identity, header, epoch, 0) as (journal, publish):
+                journal.sync()
+                publish()
+        elif found is not None and writable:
+            journal, receipts, sequence = settle(real, file, found, epoch, mapped.sync, lasting=lasting)
+        elif found is not None:
+            receipts = peek(found, epoch)
+        replace = partial(sidecar.replacing, real, mapped.identity)
+        ledger = Ledger(journal, mapped.sync, replace, sequence=sequence, lasting=lasting, known=receipts)
+        kind = allocator or (found.header.allocator if found else "sequential")
+        free = holes(receipts, mapped.nbytes)[slice(0 if journal is None else None)]
+        space = allocator_class(kind)(mapped.nbytes, holes=np.stack((free["start"], free["stop"]), axis=1))
+        store = BlockStore(target, mapped, options, space, ledger, digest, lock)
+        undo.pop_all()
+        return store
+
+
+def _locked(file: _os.File, path: str, undo: contextlib.ExitStack) -> _os.File | None:
+    """Lock a file, until an error or the store lets go of it."""
     try:
-        lock = _disk.lock(file, target) if writable else None
+        lock = _disk.lock(file, path)
     except BlockingIOError:
-        raise _in_use(target, file) from None
-    epoch = _epoch(file)
-    found = None if discard else sidecar.find(target, file, writable=writable, adopt=adopt)
-    checksum_kind = checksum if found is None else found.header.checksum
-    digest = None if checksum_kind is None else checksum_function(checksum_kind)
-    mapped = options.map(file, writable=writable)
-    lasting = not writable or _say_limits(file, target, reserve=False)
-    journal, sequence, receipts = None, 0, np.empty(0, RECEIPT)
-    if found is None and discard:
-        journal = _new_journal(target, file, epoch, allocator or "sequential", checksum)
-    elif found is not None and writable:
-        journal, receipts, sequence = settle(target, file, found, epoch, mapped.sync, lasting=lasting)
-    elif found is not None:
-        receipts = peek(found, epoch)
-    ledger = Ledger(
-        journal, mapped.sync, partial(sidecar.replacing, target), sequence=sequence, lasting=lasting, known=receipts
-    )
-    name = allocator or (found.header.allocator if found else "sequential")
-    free = holes(receipts, mapped.nbytes)[slice(0 if journal is None else None)]
-    pairs = np.stack((free["start"], free["stop"]), axis=1)
-    return BlockStore(target, mapped, options, allocator_class(name)(mapped.nbytes, holes=pairs), ledger, digest, lock)
+        identity = _os.identity(file)
+        here = [s for s in live.stores() if s._mapped.writable and s._mapped.identity == identity]
+        who = f"{here[0]!r} of this process" if here else "a store of another process"
+        raise StoreInUseError(f"cannot open {path!r} for writing: {who} has it open; mode='r' reads it") from None
+    if lock is not None:
+        undo.callback(lock.close_now)
+    return lock
 
 
 def _epoch(file: _os.File) -> int:
     """Return what names this boot and mount, and where that is not known, this moment."""
     return _disk.epoch(file) or secrets.randbits(64) | 1
-
-
-def _new_journal(path: str, file: _os.File, epoch: int, allocator: str, checksum: str | None) -> Journal:
-    sidecar.check_replaceable(path)
-    header = sidecar.new_header(file, allocator, checksum)
-    with sidecar.replacing(path, header, epoch, 0) as (journal, publish):
-        journal.sync()
-        publish()
-    return journal
 
 
 def _say_limits(file: _os.File, path: str, *, reserve: bool) -> bool:
@@ -259,13 +270,6 @@ def _say_limits(file: _os.File, path: str, *, reserve: bool) -> bool:
         return True
     warnings.warn(f"{path!r} is on {kind}, which {text}", FileSystemWarning, stacklevel=3)
     return kind not in _disk.FORGETFUL
-
-
-def _in_use(path: str, file: _os.File) -> StoreInUseError:
-    identity = _os.identity(file)
-    here = [s for s in live.stores() if s._mapped.writable and s._mapped.identity == identity]
-    who = f"{here[0]!r} of this process" if here else "a store of another process"
-    return StoreInUseError(f"cannot open {path!r} for writing: {who} has it open; mode='r' reads it")
 
 
 def _absolute(path: StrPath) -> str:

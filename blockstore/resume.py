@@ -17,7 +17,7 @@ from blockstore import _os, sidecar
 from blockstore.alignment import ALIGNMENT
 from blockstore.errors import JournalDamageWarning, JournalMismatchError, PoisonedStoreError
 from blockstore.journal import Content, Journal, read_records
-from blockstore.records import DURABLE, VOID, Standing, receipts_of, standing
+from blockstore.records import DURABLE, REVOKED, VOID, Standing, receipts_of, standing
 
 
 class Resumed(NamedTuple):
@@ -80,48 +80,65 @@ def settle(
     PoisonedStoreError
         If a sync fails. Then what was only written is void, and opening again has only what was durable.
     OSError
-        If a new journal is needed and there is no space for it; nothing was changed.
+        If a new journal is needed and there is no space for it; nothing is lost.
     """
     content, which, receipts = look(found, epoch)
     records = content.records
     below = int(records["sequence"].max()) + 1 if len(records) else 0
     fresh = records["sequence"][which.where[~which.durable]]
     low = int(fresh.min()) if len(fresh) else below
-    _, inode, generation, _ = _os.identity(file)
+    identity = _os.identity(file)
+    _, inode, generation, _ = identity
     header = replace(found.header, inode=inode, generation=generation)
     journal = Journal(found.file, found.header, content.count, epoch)
     try:
         if len(fresh):
-            sync_data()
+            _synced(sync_data, journal, low, below)
         if header != found.header or len(content.damaged) or _is_worth_rewriting(records, which):
-            with sidecar.replacing(path, header, epoch, len(which.where)) as (new, publish):
+            with sidecar.replacing(path, identity, header, epoch, len(which.where)) as (new, publish):
                 new.extend(records[np.sort(which.where)])
                 if lasting:
                     new.append(DURABLE, below, 0, below)
-                new.sync()
-                publish()
+                _synced(new.sync, journal, low, below)
+                try:
+                    publish()
+                except OSError:  # it may be in place, but not for good: the next to open writes it anew
+                    new.append_last(VOID, below + 1, below, below)
+                    raise
             journal.close(trim=False)
             journal = new
         else:
             if lasting:
                 journal.append(DURABLE, below, low, below)
-            journal.sync()
-    except BaseException as error:
-        if isinstance(error, OSError):
-            journal.append_last(VOID, below + 1, low, below)
+            _synced(journal.sync, journal, low, below)
+    except BaseException:
         journal.close(trim=False)
-        if isinstance(error, OSError):
-            raise PoisonedStoreError(
-                error.errno, f"the sync failed ({error}): what was written and not durable may be lost"
-            ) from error
         raise
     receipts["durable"] = lasting
     return Resumed(journal, receipts, below + 1)
 
 
+def _synced(sync: Callable[[], None], journal: Journal, low: int, below: int) -> None:
+    """Sync; if that fails, void what was only written, for those who open the journal next."""
+    try:
+        sync()
+    except OSError as error:
+        journal.append_last(VOID, below + 1, low, below)
+        raise PoisonedStoreError(
+            error.errno, f"the sync failed ({error}): what was written and not durable may be lost"
+        ) from error
+
+
 def _is_worth_rewriting(records: NDArray[np.void], which: Standing) -> bool:
-    """Whether a journal holds a receipt that is dropped, the mark of a failed sync, or far more than what stands."""
-    return bool(which.dropped or np.any(records["kind"] == VOID) or len(records) > 1000 + 3 * len(which.where))
+    """Whether a journal holds more than what stands: what is revoked or dropped, or the mark of a failed sync.
+
+    None of that may stay: the boundaries of ranges can change from here on, and a number that was dropped must not be
+    covered by a later DURABLE.
+    """
+    kinds = records["kind"]
+    return bool(
+        which.dropped or np.any((kinds == REVOKED) | (kinds == VOID)) or len(kinds) > 1000 + 3 * len(which.where)
+    )
 
 
 def _lost(content: Content, epoch: int) -> int:

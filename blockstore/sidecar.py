@@ -24,6 +24,7 @@ from blockstore.journal import (
     space_for,
 )
 
+_FOREIGN = "the journal would be here, but this is something else: move it away"
 _USUAL_NBYTES, _MANY = 1 << 16, 1 << 16
 """Bytes of a range for which a new journal has space, and for how many at most; it grows when there is no more."""
 
@@ -61,13 +62,19 @@ def created(path: str, file: _os.File, header: Header, epoch: int, *, overwrite:
         ) as journal_file:
             journal = Journal.create(journal_file, header, epoch)
             journal.sync()
-        with _os.removed_on_error(fresh, journal_file):
+        try:
             yield journal
-        with (
-            contextlib.nullcontext() if overwrite else _os.removed_on_error(path, file),
-            _os.removed_on_error(fresh, journal_file),
-            contextlib.nullcontext() if overwrite else _os.removed_on_error(final, journal_file),
-        ):
+        except BaseException:
+            with contextlib.suppress(OSError):  # after an error the file may have its name all the same, and keeps it
+                if is_file(path, _os.identity(file)):
+                    os.replace(fresh, final)
+                else:
+                    os.unlink(fresh)
+            raise
+        with contextlib.ExitStack() as undo:
+            if not overwrite:
+                for name, named in ((path, file), (fresh, journal_file), (final, journal_file)):
+                    undo.enter_context(_os.removed_on_error(name, named))
             os.replace(fresh, final)
             _os.sync_directory(os.path.dirname(path) or ".")
 
@@ -86,48 +93,58 @@ def find(path: str, file: _os.File, *, writable: bool, adopt: bool) -> Found | N
     Raises `JournalMismatchError` for the journal of another file, unless told to `adopt` that of a file of the same
     size: of a pair that was copied. Ends, if `writable`, what a creator was killed in.
     """
-    found, problem = None, None
-    for name in (path_of(path), _fresh(path)):
-        try:
-            opened = open_journal(name, writable=writable)
-        except FileNotFoundError:
-            continue
-        try:
-            header = read_header(opened, name)
-            _check_identity(header, file, name, adopt=adopt and name == path_of(path))
-            found = Found(opened, header, name)
-            break
-        except JournalMismatchError as error:
-            if name == path_of(path):
-                problem = error
+    fresh, final, found = _fresh(path), path_of(path), None
+    with contextlib.suppress(JournalMismatchError):
+        found = _match(fresh, file, writable=writable)
     if found is None:
-        if problem is not None:
-            raise problem
-        return None
-    if writable and found.path == _fresh(path):
+        return _match(final, file, writable=writable, adopt=adopt)
+    if os.path.lexists(final) and not is_journal(final):
+        raise JournalMismatchError(f"{final!r}: {_FOREIGN}")
+    if writable:
         with _disk.folder_to_oneself(path):
-            os.replace(found.path, path_of(path))
+            os.replace(fresh, final)
             _os.sync_directory(os.path.dirname(path) or ".")
     return found
 
 
+def _match(name: str, file: _os.File, *, writable: bool, adopt: bool = False) -> Found | None:
+    """Return the journal of this name, if it is that of the file; None if there is none."""
+    try:
+        opened = open_journal(name, writable=writable)
+    except FileNotFoundError:
+        return None
+    header = read_header(opened, name)
+    _check_identity(header, file, name, adopt=adopt)
+    return Found(opened, header, name)
+
+
 @contextlib.contextmanager
 def replacing(
-    path: str, header: Header, epoch: int, count: int, old: int = -1
+    path: str, identity: tuple[int, ...], header: Header, epoch: int, count: int
 ) -> Iterator[tuple[Journal, Callable[[], None]]]:
     """Make a journal with space for `count` records, and a function that puts it in the place of what is there.
 
-    `old` is the descriptor of the journal that must be there then, or -1. Without the call nothing is left behind.
+    `identity` is that of the file, which must still be at `path` then. Without the call nothing is left behind. Raises
+    `NoSpaceError`, with nothing changed, if it cannot be made.
     """
     directory = os.path.dirname(path) or "."
-    with _os.nameless(directory) as (file, name):
-        journal = Journal.create(file, header, epoch, count)
+    with contextlib.ExitStack() as stack:
+        try:
+            file, name = stack.enter_context(_os.nameless(directory))
+            journal = Journal.create(file, header, epoch, count)
+        except OSError as error:
+            raise NoSpaceError(
+                error.errno, f"cannot write the journal anew: {error.strerror}", path_of(path)
+            ) from error
         journal.keep()
 
         def publish() -> None:
             with _disk.folder_to_oneself(path):
-                if old >= 0 and not os.path.samestat(os.lstat(path_of(path)), os.fstat(old)):
-                    raise NoSpaceError(errno.ESTALE, "the store was replaced by another one")
+                if not is_file(path, identity):
+                    raise NoSpaceError(errno.ESTALE, "the file was renamed or replaced, so its journal stays", path)
+                check_replaceable(path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(_fresh(path))
                 _os.publish(file, name, path_of(path), directory, overwrite=True)
 
         try:
@@ -137,13 +154,20 @@ def replacing(
             raise
 
 
+def is_file(path: str, identity: tuple[int, ...]) -> bool:
+    """Whether a path names the file of this identity."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return (status.st_dev, status.st_ino) == identity[:2]
+
+
 def check_replaceable(path: str) -> None:
     """Refuse to replace what is no journal of ours."""
     for name in (path_of(path), _fresh(path)):
         if os.path.lexists(name) and not is_journal(name):
-            raise FileExistsError(
-                errno.EEXIST, "the journal would be here, but this is something else: move it away", name
-            )
+            raise FileExistsError(errno.EEXIST, _FOREIGN, name)
 
 
 def _check_free(path: str, overwrite: bool) -> None:
@@ -168,6 +192,7 @@ def _check_identity(header: Header, file: _os.File, name: str, *, adopt: bool) -
     same = header.inode == inode and (0 in (header.generation, generation) or header.generation == generation)
     if not same and not adopt:
         raise JournalMismatchError(
-            f"the journal {name!r} is of another file (inode {header.inode}, this one is {inode}): pass adopt=True "
+            f"the journal {name!r} is of another file (inode {header.inode}, generation {header.generation}; this one "
+            f"is {inode}, {generation}): pass adopt=True "
             "if both were copied together, or discard=True to make the whole file free"
         )

@@ -431,7 +431,7 @@ class BlockStore:
         self._ledger.abandon()
         self._mapped.disown()
         if self._lock is not None:
-            self._lock.abandon()
+            self._lock.close_now()
 
     def _refuse_taking(self, nbytes: int, partial: bool) -> tuple[int, int]:
         self._refuse_writing()

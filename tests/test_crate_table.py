@@ -47,17 +47,23 @@ def test_create_and_open_take_an_allocator_and_an_existing_file_is_replaced_only
 
 
 @each_allocator
-def test_open_hands_out_nothing_of_the_data_unless_it_is_to_be_discarded(tmp_path: Path, allocator: Any) -> None:
-    bs.create(tmp_path / "data.bin", 8192).close()
+def test_open_knows_what_was_written_and_hands_out_none_of_it_unless_it_is_to_be_discarded(
+    tmp_path: Path, allocator: Any
+) -> None:
+    with bs.create(tmp_path / "data.bin", 8192, allocator=allocator) as store:
+        store.allocate(5, tag=7).write(b"hello")
 
-    with bs.open(tmp_path / "data.bin", allocator=allocator) as store:  # the crate begins at 0 again, over the data
-        free = store.free
+    with bs.open(tmp_path / "data.bin") as store:  # the crate begins at 0 again, over the data
+        known, free, kind = store.receipts().tolist(), store.free, type(store.allocator).__name__
+        r = store.allocate(4096)
         with pytest.raises(bs.OutOfSpaceError, match="cannot allocate 1 bytes: 0 bytes are free"):
             store.allocate(1)
     with bs.open(tmp_path / "data.bin", allocator=allocator, discard=True) as store:
-        discarded = store.free
+        discarded = store.free, len(store.receipts())
 
-    assert (free, discarded) == (0, 8192)
+    assert (known, free, kind) == ([(0, 4096, 5, 7, True, 0)], 4096, f"{allocator.title()}Allocator")
+    assert (r.start, r.stop, contents(store)[:5]) == (4096, 8192, b"hello")
+    assert discarded == (8192, 0)
 
 
 @each_allocator
@@ -169,7 +175,7 @@ def test_flush_waits_for_the_disk_and_without_waiting_starts_write_back_and_prom
         states = [(store.flush(receipt, wait=False), receipt.durable), (store.flush(receipt), receipt.durable)]
 
     assert states == [(0, False), (1, True)]
-    assert calls == [("start", 4096, 12288, None), ("sync", False, None)]
+    assert calls == [("start", 4096, 12288, None), ("sync", False, None), ("sync", False, None)]  # data, then journal
 
 
 def test_flush_makes_every_receipt_durable_and_sync_covers_all_bytes(
@@ -301,7 +307,7 @@ def test_receipts_are_a_structured_array_and_stores_and_written_ranges_pickle_by
         sizes.add(max(len(pickled) for pickled in pickles) // 1000)
         answers.append((ran.stdout, ran.stderr))
 
-    assert store.receipts().dtype.names == ("start", "stop", "nbytes", "tag", "durable")
+    assert store.receipts().dtype.names == ("start", "stop", "nbytes", "tag", "durable", "checksum")
     assert sizes == {0}
     assert answers == [(f"r 0 {4 * n} uint32 ({n},) {n} [7]\n", "") for n in (100, 1_000_000)]
 
@@ -363,7 +369,7 @@ def test_space_is_reserved_at_creation_so_that_a_full_disk_is_an_error_there_and
     with pytest.raises(OSError, match=r"cannot reserve \d+ bytes: the disk has") as caught:
         bs.create(tmp_path / "large.bin", disk.f_blocks * disk.f_frsize + 1)
 
-    assert (caught.value.errno, os.listdir(tmp_path)) == (errno.ENOSPC, ["data.bin"])
+    assert (caught.value.errno, sorted(os.listdir(tmp_path))) == (errno.ENOSPC, ["data.bin", "data.bin.journal"])
     assert os.stat(tmp_path / "data.bin").st_blocks * 512 >= 1 << 20
 
 

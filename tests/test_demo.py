@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 import blockstore as bs
-from blockstore import demo
+from blockstore import _disk, demo
 from blockstore.cli import _progress, main
 
 CONTENTS = {
@@ -372,8 +373,40 @@ def test_without_tqdm_a_terminal_gets_lines(folder: Path, here: Path, monkeypatc
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no folder that is known to be in memory")
-def test_a_folder_in_memory_is_said_to_be_no_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_in_memory_is_said_to_be_no_disk(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
-        assert main(["demo", str(folder), "--rounds", "1", "--keep", f"{memory}/kept"]) == 0
+        done = subprocess.run(
+            [sys.executable, "-m", "blockstore", "demo", str(folder), "--rounds", "2", "--keep", f"{memory}/kept"],
+            env={**os.environ, "PYTHONPATH": str(Path(bs.__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
-    assert "nothing is durable" in capsys.readouterr().err
+    assert (done.returncode, list(rows(done.stdout))) == (0, list(demo.ROADS))
+    first, *others = done.stderr.splitlines()
+    assert first == "note: this folder is in memory, where nothing is durable"
+    assert all(re.fullmatch(r"\d+ of 24 files", line) for line in others)
+
+
+def test_a_folder_where_reserving_protects_nothing_is_said_to_be_one(
+    folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_disk, "filesystem", lambda file: "btrfs")
+
+    assert main(["demo", str(folder), "--rounds", "1"]) == 0
+
+    note = "note: this folder is on btrfs, where reserved space does not help on a full disk"
+    assert capsys.readouterr().err.splitlines()[0] == note
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_run_leaves_no_journal_to_the_next_one(folder: Path, tmp_path: Path, rounds: int) -> None:
+    target, beside = tmp_path / "packed", []
+
+    for name, _, starts in demo.runs(target, work := work_on(folder), rounds):
+        beside.append((name, (tmp_path / "packed.journal").exists()))
+        assert len(starts) == len(work.sources)
+
+    assert sorted(beside) == sorted([(name, name == "blockstore") for name in demo.ROADS] * rounds)
+    assert (sorted(path.name for path in tmp_path.iterdir()), work.failures) == (["source"], {})

@@ -4,13 +4,14 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from support import PORTABLE, admitted, contents, in_child, uses_of
+from support import PORTABLE, admitted, contents, in_child, run_python, uses_of
 
 import blockstore as bs
 from blockstore import _os
@@ -249,16 +250,135 @@ def test_what_a_child_left_in_a_view_is_not_seen_by_the_parent(store: bs.BlockSt
 # -- the child can begin anew ---------------------------------------------------------------------
 
 
-def test_the_child_reopens_the_file_by_its_path(store: bs.BlockStore) -> None:
+def write_world(path: str) -> list[Any]:
+    """Open a store of which five bytes are written, write five more, and return its receipts."""
+    with bs.open(path) as again:
+        again.allocate(5, tag=2).write(b"world")
+        return again.receipts().tolist()
+
+
+@pytest.mark.parametrize("discard", [False, True], ids=["as it is", "to discard"])
+def test_the_child_may_not_open_for_writing_what_its_parent_holds(store: bs.BlockStore, discard: bool) -> None:
     store.allocate(5).write(b"hello")
 
-    def reopen() -> bytes:
-        with bs.open(store.path) as again:
-            again.raw.write_at(5, b" world")
-            return again.raw.read_at(0, 11)
+    def reopen() -> str:
+        try:
+            bs.open(store.path, discard=discard)
+        except bs.StoreInUseError as error:
+            return str(error)
+        return "it was opened"
 
-    assert in_child(reopen) == b"hello world"
-    assert store.raw.read_at(0, 11) == b"hello world"
+    assert in_child(reopen).endswith("data.bin' for writing: a store of another process has it open; mode='r' reads it")
+    assert (len(store.receipts()), store.raw.read_at(0, 5)) == (1, b"hello")
+
+
+def test_the_child_opens_to_read_what_its_parent_holds(store: bs.BlockStore) -> None:
+    store.allocate(5, tag=1).write(b"hello")
+
+    def reopen() -> tuple[bytes, list[Any], int]:
+        with bs.open(store.path, mode="r") as again:
+            return again.raw.read_at(0, 5), again.receipts()["tag"].tolist(), again.free
+
+    assert in_child(reopen) == (b"hello", [1], 0)
+
+
+def test_when_the_parent_has_closed_it_the_child_may_go_on_with_the_file(store: bs.BlockStore) -> None:
+    store.allocate(5, tag=1).write(b"hello")
+    reading, writing = os.pipe()
+
+    def wait_and_reopen() -> tuple[str, list[Any]]:
+        before = attempt(lambda: bs.open(store.path))
+        os.write(answering, b"?")
+        os.read(reading, 1)
+        return before, write_world(store.path)
+
+    asking, answering = os.pipe()
+    with ThreadPoolExecutor(1) as pool:
+        child = pool.submit(in_child, wait_and_reopen)
+        os.read(asking, 1)
+        store.close()
+        os.write(writing, b"!")
+        before, receipts = child.result()
+    for descriptor in (reading, writing, asking, answering):
+        os.close(descriptor)
+
+    assert before == "StoreInUseError"
+    assert receipts == [(0, 4096, 5, 1, True, 0), (4096, 8192, 5, 2, False, 0)]
+    assert contents(store)[4096:4101] == b"world"
+    with bs.open(store.path, mode="r") as again:
+        assert again.receipts()["durable"].tolist() == [True, True]
+
+
+def test_a_child_that_was_forked_after_the_parent_closed_goes_on_with_the_file(store: bs.BlockStore) -> None:
+    store.allocate(5, tag=1).write(b"hello")
+    store.close()
+
+    receipts = in_child(lambda: write_world(store.path))
+
+    assert receipts == [(0, 4096, 5, 1, True, 0), (4096, 8192, 5, 2, False, 0)]
+
+
+OPEN = """
+import sys
+import blockstore as bs
+try:
+    bs.open(sys.argv[1])
+except bs.StoreInUseError:
+    print("in use")
+"""
+
+
+def test_a_child_that_ends_leaves_the_parent_the_file_to_itself(store: bs.BlockStore) -> None:
+    in_child(lambda: attempt(store.close))
+
+    ran = run_python(OPEN, store.path)
+
+    assert (ran.stdout, ran.stderr) == ("in use\n", "")
+
+
+def test_a_child_that_lives_on_does_not_keep_others_from_a_file_that_its_parent_closed(store: bs.BlockStore) -> None:
+    assert open_beside_a_child(store) == "returned None"
+
+
+@linux_only
+def test_a_child_that_keeps_the_lock_is_caught_by_the_same_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_os.File, "abandon", lambda file: None)
+
+    assert open_beside_a_child(bs.create(tmp_path / "data.bin", 4096)) == "StoreInUseError"
+
+
+def open_beside_a_child(store: bs.BlockStore) -> str:
+    """Close a store after a fork, and return what comes of opening its file anew while the child is alive."""
+    asking, answering = os.pipe()
+    reading, writing = os.pipe()
+
+    def wait() -> None:
+        os.write(answering, b"?")
+        os.read(reading, 1)
+
+    with ThreadPoolExecutor(1) as pool:
+        child = pool.submit(in_child, wait)
+        os.read(asking, 1)
+        store.close()
+        outcome = attempt(lambda: bs.open(store.path).close())
+        os.write(writing, b"!")
+        child.result()
+    for descriptor in (asking, answering, reading, writing):
+        os.close(descriptor)
+    return outcome
+
+
+def test_a_receipt_of_the_parent_is_not_touched_by_a_child_that_leaves_its_writers(store: bs.BlockStore) -> None:
+    uses = uses_of(store)
+    in_child(lambda: admitted(uses, bs.ForkedStoreError))
+    uses.stack.close()
+    store.close()
+
+    with bs.open(store.path, mode="r") as again:
+        assert again.receipts().tolist() == store.receipts().tolist()
+        assert len(again.receipts()) == 2
 
 
 def test_the_child_unpickles_a_range_from_before_the_fork(store: bs.BlockStore) -> None:

@@ -197,27 +197,56 @@ def test_an_array_whose_map_is_closed_kills_the_process_which_is_what_the_others
     assert (ran.returncode, ran.stdout) == (-signal.SIGSEGV, ""), ran.stderr
 
 
-@linux_only
-def test_a_closed_store_holds_on_to_no_map_of_its_file(tmp_path: Path) -> None:
-    bs.create(tmp_path / "data.bin", 1 << 16).close()
-    store = bs.open(tmp_path / "data.bin")
-    inode = str(os.stat(store.path).st_ino)
-
-    store.close()
-
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    assert [line for line in lines if line.split()[4] == inode] == []
+def mapped_of(folder: Path) -> list[str]:
+    """Return the names of the files of a folder that this process has mapped."""
+    inodes = {str(path.stat().st_ino): path.name for path in folder.iterdir()}
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    return sorted({inodes[fields[4]] for fields in lines if fields[4] in inodes})
 
 
-@linux_only
-def test_a_closed_store_holds_on_to_no_descriptor_of_its_file(store: bs.BlockStore) -> None:
-    store.close()
-
+def opened_of(folder: Path) -> list[str]:
+    """Return the names of the files of a folder that this process has open."""
     opened = set()
     for name in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # the descriptor of the listing itself
             opened.add(os.stat(f"/proc/self/fd/{name}").st_ino)
-    assert os.stat(store.path).st_ino not in opened
+    return sorted(path.name for path in folder.iterdir() if path.stat().st_ino in opened)
+
+
+@linux_only
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_closed_store_holds_on_to_no_map_of_its_files(tmp_path: Path, mode: Any) -> None:
+    bs.create(tmp_path / "data.bin", 1 << 16).close()
+    store = bs.open(tmp_path / "data.bin", mode=mode)
+    before = mapped_of(tmp_path)
+
+    store.close()
+
+    assert (before, mapped_of(tmp_path)) == (["data.bin", "data.bin.journal"][: 2 if mode == "r+" else 1], [])
+
+
+@linux_only
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_closed_store_holds_on_to_no_descriptor_of_its_files(tmp_path: Path, mode: Any) -> None:
+    bs.create(tmp_path / "data.bin", 1 << 16).close()
+    store = bs.open(tmp_path / "data.bin", mode=mode)
+    before = opened_of(tmp_path)
+
+    store.close()
+
+    assert (before, opened_of(tmp_path)) == (["data.bin", "data.bin.journal"][: 2 if mode == "r+" else 1], [])
+
+
+@linux_only
+def test_a_store_whose_arrays_are_alive_keeps_nobody_from_its_file_once_it_is_closed(store: bs.BlockStore) -> None:
+    with store.allocate(5).writer() as a:
+        a[...] = 7
+    store.close()
+
+    with bs.open(store.path) as again:
+        assert len(again.receipts()) == 1
+
+    assert a.tolist() == [7] * 5
 
 
 # -- closing --------------------------------------------------------------------------------------
@@ -248,7 +277,8 @@ def test_a_closed_store_still_says_what_was_written(store: bs.BlockStore) -> Non
 
     store.close()
 
-    assert store.receipts().tolist() == [(0, 4096, 5, 3, True)]
+    assert store.receipts().tolist() == [(0, 4096, 5, 3, True, 0)]
+    assert store.pending().tolist() == [(4096, 1 << 17, (1 << 17) - 4096)]
 
 
 def test_a_refused_rewrite_leaves_the_receipt_standing(store: bs.BlockStore) -> None:

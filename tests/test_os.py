@@ -353,6 +353,13 @@ def create_one(path: Path, mark: int) -> bool:
         return False
 
 
+def check_journals(folder: Path) -> None:
+    """Check that the journal of each file is the winner's: its receipt, and no other."""
+    for i in range(ROUNDS):
+        with bs.open(folder / str(i)) as store:
+            assert (store.receipts()[["start", "stop", "durable"]].tolist(), store.free) == ([(0, 4096, True)], 0)
+
+
 def test_of_threads_that_create_one_file_exactly_one_wins(tmp_path: Path) -> None:
     together = threading.Barrier(4)
 
@@ -368,7 +375,8 @@ def test_of_threads_that_create_one_file_exactly_one_wins(tmp_path: Path) -> Non
     assert (wins.sum(axis=0) == 1).all()
     for i, winner in enumerate(wins.argmax(axis=0)):
         assert (tmp_path / str(i)).read_bytes() == bytes([int(winner) + 1]) * 4096
-    assert len(os.listdir(tmp_path)) == ROUNDS
+    assert sorted(os.listdir(tmp_path)) == sorted(f"{i}{suffix}" for i in range(ROUNDS) for suffix in ("", ".journal"))
+    check_journals(tmp_path)
 
 
 def race_in_a_process(folder: Path, mark: int, together: Any, wins: Any) -> None:
@@ -391,19 +399,22 @@ def test_of_processes_that_create_one_file_exactly_one_wins(tmp_path: Path) -> N
     assert set(winners.tolist()) <= {1, 2}
     for i, winner in enumerate(winners.tolist()):
         assert (tmp_path / str(i)).read_bytes() == bytes([winner - 1]) * 4096
+    check_journals(tmp_path)
 
 
 def test_of_threads_that_replace_one_file_the_last_one_stays_whole(tmp_path: Path, road: str) -> None:
     def replace(thread: int) -> None:
         for _ in range(20):
             with bs.create(tmp_path / "data.bin", 4096 * (thread + 1), overwrite=True, reserve=False) as store:
-                store.raw.fill(0, store.nbytes, thread + 1)
+                store.allocate(store.nbytes, tag=thread).write(bytes([thread + 1]) * store.nbytes)
 
     in_threads(4, replace)
 
     data = (tmp_path / "data.bin").read_bytes()
     assert data == bytes([len(data) // 4096]) * len(data)
-    assert os.listdir(tmp_path) == ["data.bin"]
+    assert sorted(os.listdir(tmp_path)) == ["data.bin", "data.bin.journal"]
+    with bs.open(tmp_path / "data.bin") as store:
+        assert store.receipts()[["start", "stop", "tag"]].tolist() == [(0, len(data), data[0] - 1)]
 
 
 def test_nobody_sees_a_file_that_is_not_whole(tmp_path: Path, road: str) -> None:

@@ -103,20 +103,22 @@ def test_creators_that_replace_each_other_are_caught_by_the_same_check(
 
 
 @pytest.mark.usefixtures("road")
+@pytest.mark.parametrize("name", ["data.bin", "data.bin.journal.new"])
 def test_a_symlink_that_appears_during_creation_is_not_followed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    path, publish = tmp_path / "data.bin", _os.publish
+    planted, publish = tmp_path / name, _os.publish
 
-    def plant_and_publish(*args: Any, **kwargs: Any) -> None:
-        path.symlink_to(tmp_path / "target")
-        publish(*args, **kwargs)
+    def plant_and_publish(file: _os.File, temporary: str | None, path: str, *args: Any, **kwargs: Any) -> None:
+        if path == str(planted):
+            planted.symlink_to(tmp_path / "target")
+        publish(file, temporary, path, *args, **kwargs)
 
     monkeypatch.setattr(_os, "publish", plant_and_publish)
     with pytest.raises(FileExistsError, match="the file exists; open"):
-        bs.create(path, 4096)
+        bs.create(tmp_path / "data.bin", 4096)
 
-    assert (os.listdir(tmp_path), os.readlink(path)) == (["data.bin"], str(tmp_path / "target"))
+    assert (os.listdir(tmp_path), os.readlink(planted)) == ([name], str(tmp_path / "target"))
 
 
 # -- replacing ------------------------------------------------------------------------------------

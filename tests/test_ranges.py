@@ -9,10 +9,11 @@ import pickle
 import resource
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -1032,6 +1033,16 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             assert bytes(r.read()) == self.written[r]
 
+    def rows(self, ranges: Iterable[AllocatedRange], durable: Container[AllocatedRange]) -> list[tuple[Any, ...]]:
+        """Return the receipts of ranges as rows."""
+        return sorted((r.start, r.stop, r.nbytes, r.tag, r in durable, 0) for r in ranges)
+
+    @rule(reset=st.booleans())
+    def read_in_another_store(self, reset: bool) -> None:
+        boot = {"BLOCKSTORE_BOOT_ID": "another"} if reset else {}
+        with patch.dict(os.environ, boot), bs.open(self.store.path, mode="r") as reader:
+            assert reader.receipts().tolist() == self.rows(self.durable if reset else self.written, self.durable)
+
     @rule()
     def start_over(self) -> None:
         old, written = self.store, self.written
@@ -1039,6 +1050,13 @@ class StoreMachine(RuleBasedStateMachine):
         assert all(r.receipt is not None and r.receipt.durable for r in written)
         with pytest.raises(bs.ClosedStoreError):
             old.allocate(1)
+        with bs.open(old.path) as again:
+            assert again.receipts().tolist() == self.rows(written, durable=written)
+            assert again.free == self.NBYTES - sum(r.stop - r.start for r in written)
+            assert all(again.raw.read_at(r.start, r.nbytes) == data for r, data in written.items())
+            assert type(again.allocator) is type(old.allocator)
+            for r in again.ranges(self.NBYTES):
+                assert not any(r.start < other.stop and other.start < r.stop for other in written)
         self.own(bs.open(old.path, discard=True, **self.options))
 
     @invariant()
@@ -1049,9 +1067,20 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def the_receipts_are_those_of_the_ranges_that_are_written(self) -> None:
         if hasattr(self, "store"):
-            expected = [(r.start, r.stop, r.nbytes, r.tag, r in self.durable) for r in self.written]
-            assert self.store.receipts().tolist() == sorted(expected)
+            assert self.store.receipts().tolist() == self.rows(self.written, self.durable)
             assert all(r.receipt is not None and r.receipt.durable == (r in self.durable) for r in self.written)
+
+    @invariant()
+    def what_is_pending_is_what_no_receipt_is_for(self) -> None:
+        if hasattr(self, "store"):
+            written = bytearray(self.NBYTES)
+            for r in self.written:
+                written[r.start : r.stop] = b"\1" * (r.stop - r.start)
+            for hole in self.store.pending():
+                assert hole["nbytes"] == hole["stop"] - hole["start"] > 0
+                assert not any(written[hole["start"] : hole["stop"]])
+                written[hole["start"] : hole["stop"]] = b"\1" * int(hole["nbytes"])
+            assert all(written)
 
     @invariant()
     def what_is_free_was_not_handed_out(self) -> None:

@@ -14,7 +14,7 @@ import pytest
 from support import PORTABLE, run_python
 
 PRELUDE = """
-import json, os, resource, socket, sys
+import json, os, resource, socket, sys, warnings
 import numpy as np
 import blockstore as bs
 
@@ -280,7 +280,7 @@ with bs.create(os.path.join(folder, "small.bin"), 4096) as store:
 
     check(refusal, case)
     assert usable == 5
-    assert os.listdir(tmp_path) == ["small.bin"]
+    assert sorted(os.listdir(tmp_path)) == ["small.bin", "small.bin.journal"]
 
 
 SPARE_DESCRIPTORS = """
@@ -290,7 +290,7 @@ def create():
     global store
     store = bs.create(path, 4096)
 
-for spare in range(6):
+for spare in range(16):
     store, taken = None, []
     try:
         while True:
@@ -301,11 +301,11 @@ for spare in range(6):
     refused(create)
     for fd in taken:
         os.close(fd)
-    print(json.dumps(os.listdir(folder)))
+    print(json.dumps(sorted(os.listdir(folder))))
     if store is not None:
         store.close()
-    if os.path.exists(path):
-        os.unlink(path)
+    for name in os.listdir(folder):
+        os.unlink(os.path.join(folder, name))
 """
 
 
@@ -316,7 +316,7 @@ def test_a_creation_without_enough_descriptors_leaves_nothing_behind(tmp_path: P
     for outcome, ours in zip(results[::2], created, strict=True):
         if not ours:
             check(outcome, Case("", ("OSError",), "Too many open files", code=errno.EMFILE))
-    assert results[1::2] == [["data.bin"] if ours else [] for ours in created]
+    assert results[1::2] == [["data.bin", "data.bin.journal"] if ours else [] for ours in created]
     assert (created[0], created[-1]) == (False, True)
 
 
@@ -361,21 +361,68 @@ def test_a_full_disk_is_an_error_at_creation(tmp_path: Path, small_disk: list[st
 
 def test_what_fits_on_a_full_disk_goes_on(tmp_path: Path, small_disk: list[str]) -> None:
     script = """
-store = bs.create(path, 512 << 10)
+warnings.simplefilter("ignore", bs.FileSystemWarning)
+store = bs.create(path, 400 << 10)
 refused(lambda: bs.create(os.path.join(folder, "other.bin"), 600 << 10))
 refused(lambda: bs.create(path, 600 << 10, overwrite=True))
 for r in store.ranges(4096):
     r.write(bytes([7]) * 4096)
-print(json.dumps([store.flush(), sorted(os.listdir(folder)), len(open(path, "rb").read().strip(bytes([7])))]))
+store.flush()
+print(json.dumps([len(store.receipts()), sorted(os.listdir(folder)), len(open(path, "rb").read().strip(bytes([7])))]))
 store.close()
-bs.create(os.path.join(folder, "rest.bin"), 512 << 10).close()
+bs.create(os.path.join(folder, "rest.bin"), 400 << 10).close()
 """
     other, overwrite, after = outcomes(script, tmp_path, under=small_disk)
 
     for refusal in (other, overwrite):
         text = r"cannot reserve 614400 bytes: the disk has \d+ bytes left"
         check(refusal, Case("", ("OSError",), text, code=errno.ENOSPC))
-    assert after == [128, ["data.bin"], 0]
+    assert after == [100, ["data.bin", "data.bin.journal"], 0]
+
+
+def test_a_file_that_fits_without_its_journal_is_not_created(tmp_path: Path, small_disk: list[str]) -> None:
+    script = "refused(lambda: bs.create(path, 1 << 20))\nprint(json.dumps(os.listdir(folder)))"
+
+    refusal, left = outcomes(script, tmp_path, under=small_disk)
+
+    text = r"cannot reserve \d+ bytes: the disk has 0 bytes left: '.*data\.bin\.journal\.new'"
+    check(refusal, Case("", ("OSError",), text, code=errno.ENOSPC))
+    assert left == []
+
+
+def test_a_record_that_finds_no_space_is_an_error_and_the_store_goes_on_when_there_is_some(
+    tmp_path: Path, small_disk: list[str]
+) -> None:
+    script = """
+warnings.simplefilter("ignore", bs.FileSystemWarning)
+store = bs.create(path, 8192)
+r = store.allocate(4)
+kept = store.allocate(4).write(b"kept")
+r.write(b"0000")
+with open(os.path.join(folder, "filler"), "wb", buffering=0) as filler:
+    try:
+        while filler.write(bytes(4096)):
+            pass
+    except OSError:
+        pass
+
+def rewrite_until_refused():
+    for number in range(10_000):
+        r.write(b"%04d" % number, rewrite=True)
+
+refused(rewrite_until_refused)
+print(json.dumps([r.receipt is None, kept.revoked, len(store.receipts())]))
+os.unlink(os.path.join(folder, "filler"))
+r.write(b"last", rewrite=True)
+store.close()
+with bs.open(path) as store:
+    print(json.dumps([store.raw.read_at(0, 4).decode(), store.receipts()["start"].tolist()]))
+"""
+    refusal, (unwritten, revoked, receipts), after = outcomes(script, tmp_path, under=small_disk)
+
+    check(refusal, Case("", ("OSError",), r"cannot reserve \d+ bytes for the journal: No space left", code=errno.ENOSPC))
+    assert (receipts, revoked) == (1 if unwritten else 2, False)
+    assert after == ["last", [0, 4096]]
 
 
 @pytest.mark.skipif(PORTABLE, reason="the portable road is a copy through the map")
@@ -383,17 +430,18 @@ def test_a_sparse_file_on_a_full_disk_is_an_error_where_a_write_finds_no_space(
     tmp_path: Path, small_disk: list[str]
 ) -> None:
     script = """
+warnings.simplefilter("ignore", bs.FileSystemWarning)
 store = bs.create(path, 2 << 20, reserve=False, access="sparse")
-rs = store.allocate_many(2, 1 << 20)
-rs[0].write(bytes(1 << 20))
-refused(lambda: rs[1].write(bytes(1 << 20)))
-print(json.dumps([rs[1].receipt, store.flush(), store.receipts()["durable"].tolist()]))
+rs = store.allocate_many(2, 1 << 19)
+rs[0].write(bytes(1 << 19))
+refused(lambda: rs[1].write(bytes(1 << 19)))
+print(json.dumps([rs[1].receipt, store.flush(), store.receipts()["start"].tolist()]))
 store.close()
 """
     refusal, after = outcomes(script, tmp_path, under=small_disk)
 
     check(refusal, Case("", ("OSError",), "No space left on device", code=errno.ENOSPC))
-    assert after == [None, 1, [True]]
+    assert after == [None, 0, [0]]
 
 
 def test_nothing_is_created_on_a_read_only_disk(tmp_path: Path, read_only_disk: list[str]) -> None:
@@ -548,10 +596,15 @@ USES = {
         r"bytes \[65535, 65537\) are not all in the file, which has 65536 bytes",
     ),
     "raw at an absurd offset": Case("store.raw.read_at(2**64, 1)", ("LayoutError", "ValueError"), "are not all in"),
+    "open what is open": Case(
+        "bs.open(path)",
+        ("StoreInUseError", "BlockStoreError", "BlockingIOError", "OSError"),
+        r"cannot open '.*data\.bin' for writing: <BlockStore 'data\.bin'.* of this process has it open; mode='r' reads it",
+    ),
     "discard what is open": Case(
         "bs.open(path, discard=True)",
         ("StoreInUseError", "BlockStoreError", "BlockingIOError", "OSError"),
-        r"cannot discard what '.*data\.bin' holds: <BlockStore",
+        r"cannot open '.*data\.bin' for writing: <BlockStore 'data\.bin'.* of this process has it open; mode='r' reads it",
     ),
     "create what is open": Case("bs.create(path, 4096)", ("FileExistsError", "OSError"), "the file exists"),
     "an allocator that does not exist": Case(
@@ -590,7 +643,8 @@ def test_what_a_store_does_not_do_is_refused_and_it_goes_on(
     check(outcome, USES[name])
     assert unchanged
     assert after == [True, True, "87654321"]
-    assert sorted(os.listdir(tmp_path)) == ["data.bin", "other.bin"]
+    names = ["data.bin", "data.bin.journal", "other.bin", "other.bin.journal"]
+    assert sorted(os.listdir(tmp_path)) == names
 
 
 CLOSED = {
