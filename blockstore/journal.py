@@ -6,6 +6,7 @@ executed: the header is a line of text and JSON, the records are checked one by 
 how records follow each other; what they mean is known to `records` and `ledger`. Offsets and sizes are bytes.
 """
 
+import contextlib
 import errno
 import io
 import json
@@ -177,11 +178,10 @@ class Journal:
         """Let go of the file, and give back the space that was reserved for more. Nobody appends any more."""
         file, self._file, self._write = self._file, None, _closed
         if file is not None:
-            try:
-                if trim:
+            if trim:
+                with contextlib.suppress(OSError):  # nobody needs it
                     _os.shrink(file, self._map.tell())
-            finally:
-                file.release()
+            file.release()
 
     def abandon(self) -> None:
         """In a forked child: close the descriptor, whoever was using it."""

@@ -17,7 +17,7 @@ from blockstore import _os, sidecar
 from blockstore.alignment import ALIGNMENT
 from blockstore.errors import JournalDamageWarning, JournalMismatchError, PoisonedStoreError
 from blockstore.journal import Content, Journal, read_records
-from blockstore.records import DURABLE, REVOKED, VOID, Standing, receipts_of, standing
+from blockstore.records import DURABLE, REVOKED, VOID, WRITTEN, Standing, receipts_of, standing
 
 
 class Resumed(NamedTuple):
@@ -96,9 +96,13 @@ def settle(
             _synced(sync_data, journal, low, below)
         if header != found.header or len(content.damaged) or _is_worth_rewriting(records, which):
             with sidecar.replacing(path, identity, header, epoch, len(which.where)) as (new, publish):
-                new.extend(records[np.sort(which.where)])
+                stands = records[np.sort(which.where)]
                 if lasting:
+                    new.extend(stands)
                     new.append(DURABLE, below, 0, below)
+                else:  # nothing vouches for them but the boot and mount of now
+                    for fields in stands[["sequence", "start", "stop", "nbytes", "tag", "checksum"]].tolist():
+                        new.append(WRITTEN, *fields)
                 _synced(new.sync, journal, low, below)
                 try:
                     publish()

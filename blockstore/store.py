@@ -423,7 +423,7 @@ class BlockStore:
                 self._mapped.drop()
             finally:
                 if lock is not None:
-                    lock.release()
+                    lock.close_now()
 
     def _disown(self) -> None:
         self._down = "inherited through a fork"
