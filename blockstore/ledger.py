@@ -137,7 +137,9 @@ class Ledger:
                 self._refuse()
             with self._appending:
                 journal = self._journal
-                if journal is None or self._closed:
+                if self._closed:
+                    self._refuse()
+                if journal is None:
                     return 0
                 count, below = journal.count, self._next
                 if count == self._flushed or (wanted is not None and all(receipt.durable for receipt in wanted)):
@@ -151,12 +153,13 @@ class Ledger:
             self._sync_journal(revoked_at)
             self._say_durable(journal, below)
             self._sync_journal(journal.count)
-            covered = standing(journal.records(self._flushed, count), journal.epoch)
             self.durable_below = below
-            self._flushed = count
+            news = journal.records(self._flushed)
+            covered = news["sequence"][standing(news, journal.epoch).where] < below
+            self._flushed = count + 1 if journal.count == count + 1 else count
             if count > _COMPACT_MIN + 2 * self._compacted:
                 self._compact()
-            return len(covered.where)
+            return int(np.count_nonzero(covered))
 
     def sync(self) -> None:
         """Sync the data, whether or not a record waits for it."""
@@ -166,14 +169,14 @@ class Ledger:
             self._or_poison(self._sync_data)
 
     def close(self) -> None:
-        """Record nothing any more, remember what stands, and let go of the journal."""
-        with self._appending:
+        """Record nothing any more, remember what stands, and let go of the journal, when nobody waits for it."""
+        with self._flushing, self._syncing, self._appending:
             self._closed = True
             journal = self._journal
-        if journal is not None:
-            self._known = self.as_array()
-            self._journal = None
-            journal.close(trim=self._failure is None)
+            if journal is not None:
+                self._known = self.as_array()
+                self._journal = None
+                journal.close(trim=self._failure is None)
 
     def abandon(self) -> None:
         """In a forked child: let go of the journal, which is the parent's. No lock may be taken."""
@@ -208,7 +211,9 @@ class Ledger:
             if self._failure is not None:
                 self._refuse()
             journal = self._journal
-            if journal is not None and self._synced < count:
+            if journal is None:
+                self._refuse()
+            if self._synced < count:
                 appended = journal.count
                 self._or_poison(journal.sync)
                 self._synced = appended

@@ -344,7 +344,14 @@ def test_a_child_that_lives_on_does_not_keep_others_from_a_file_that_its_parent_
 def test_a_child_that_keeps_the_lock_is_caught_by_the_same_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_os.File, "abandon", lambda file: None)
+    disown, kept = bs.BlockStore._disown, []
+
+    def disown_but_the_lock(store: bs.BlockStore) -> None:
+        kept.append(store._lock)
+        store._lock = None
+        disown(store)
+
+    monkeypatch.setattr(bs.BlockStore, "_disown", disown_but_the_lock)
 
     assert open_beside_a_child(bs.create(tmp_path / "data.bin", 4096)) == "StoreInUseError"
 

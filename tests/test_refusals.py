@@ -420,7 +420,9 @@ with bs.open(path) as store:
 """
     refusal, (unwritten, revoked, receipts), after = outcomes(script, tmp_path, under=small_disk)
 
-    check(refusal, Case("", ("OSError",), r"cannot reserve \d+ bytes for the journal: No space left", code=errno.ENOSPC))
+    check(
+        refusal, Case("", ("OSError",), r"cannot reserve \d+ bytes for the journal: No space left", code=errno.ENOSPC)
+    )
     assert (receipts, revoked) == (1 if unwritten else 2, False)
     assert after == ["last", [0, 4096]]
 
@@ -599,12 +601,12 @@ USES = {
     "open what is open": Case(
         "bs.open(path)",
         ("StoreInUseError", "BlockStoreError", "BlockingIOError", "OSError"),
-        r"cannot open '.*data\.bin' for writing: <BlockStore 'data\.bin'.* of this process has it open; mode='r' reads it",
+        r"cannot open '.*data\.bin' for writing: <BlockStore 'data\.bin'.* of this process has it open; mode='r'",
     ),
     "discard what is open": Case(
         "bs.open(path, discard=True)",
         ("StoreInUseError", "BlockStoreError", "BlockingIOError", "OSError"),
-        r"cannot open '.*data\.bin' for writing: <BlockStore 'data\.bin'.* of this process has it open; mode='r' reads it",
+        r"cannot open '.*data\.bin' for writing: <BlockStore 'data\.bin'.* of this process has it open; mode='r'",
     ),
     "create what is open": Case("bs.create(path, 4096)", ("FileExistsError", "OSError"), "the file exists"),
     "an allocator that does not exist": Case(
