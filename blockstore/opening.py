@@ -17,7 +17,7 @@ import numpy as np
 
 from blockstore import _disk, _os, live, sidecar
 from blockstore.checksums import ChecksumKind, checksum_function
-from blockstore.errors import FileSystemWarning, StaleReferenceError, StoreInUseError
+from blockstore.errors import FileSystemWarning, JournalMismatchError, StaleReferenceError, StoreInUseError
 from blockstore.ledger import Ledger
 from blockstore.options import Access, AllocatorKind, Escaped, Guard, Options, allocator_class, choice
 from blockstore.records import RECEIPT, holes
@@ -206,6 +206,8 @@ def open(
         allocator_class(allocator)
     if discard and mode == "r":
         raise ValueError("discard=True hands out space for writing: it needs mode='r+'")
+    if checksum is not None:
+        checksum_function(checksum)
     if checksum is not None and not discard:
         raise ValueError("the checksum is what the store was created with: pass one to create, or with discard=True")
     writable = mode == "r+"
@@ -217,12 +219,18 @@ def open(
         lasting = not writable or _say_limits(file, target, reserve=False)
         epoch = _epoch(file)
         found = None if discard else sidecar.find(real, file, writable=writable, adopt=adopt)
-        checksum_kind = checksum if found is None else found.header.checksum
-        digest = None if checksum_kind is None else checksum_function(checksum_kind)
+        kind, checksum_kind = allocator or "sequential", checksum
+        if found is not None:
+            kind, checksum_kind = allocator or found.header.allocator, found.header.checksum
+        try:
+            space = allocator_class(kind)
+            digest = None if checksum_kind is None else checksum_function(checksum_kind)
+        except ValueError as error:
+            raise JournalMismatchError(f"the journal of {target!r} is of another version: {error}") from None
         mapped = options.map(file, writable=writable)
         journal, sequence, receipts = None, 0, np.empty(0, RECEIPT)
         if discard:
-            header = sidecar.new_header(file, allocator or "sequential", checksum)
+            header = sidecar.new_header(file, kind, checksum)
             with sidecar.replacing(real, mapped.identity, header, epoch, 0) as (journal, publish):
                 journal.sync()
                 publish()
@@ -232,10 +240,9 @@ def open(
             receipts = peek(found, epoch)
         replace = partial(sidecar.replacing, real, mapped.identity)
         ledger = Ledger(journal, mapped.sync, replace, sequence=sequence, lasting=lasting, known=receipts)
-        kind = allocator or (found.header.allocator if found else "sequential")
         free = holes(receipts, mapped.nbytes)[slice(0 if journal is None else None)]
-        space = allocator_class(kind)(mapped.nbytes, holes=np.stack((free["start"], free["stop"]), axis=1))
-        store = BlockStore(target, mapped, options, space, ledger, digest, lock)
+        handout = space(mapped.nbytes, holes=np.stack((free["start"], free["stop"]), axis=1))
+        store = BlockStore(target, mapped, options, handout, ledger, digest, lock)
         undo.pop_all()
         return store
 
