@@ -219,25 +219,24 @@ def open(
         lasting = not writable or _say_limits(file, target, reserve=False)
         epoch = _epoch(file)
         found = None if discard else sidecar.find(real, file, writable=writable, adopt=adopt)
-        kind, checksum_kind = allocator or "sequential", checksum
-        if found is not None:
-            kind, checksum_kind = allocator or found.header.allocator, found.header.checksum
+        remembered = found.header if found else sidecar.new_header(file, "sequential", checksum)
+        kind, checksum_kind = allocator or remembered.allocator, remembered.checksum
         try:
             space = allocator_class(kind)
             digest = None if checksum_kind is None else checksum_function(checksum_kind)
         except ValueError as error:
             raise JournalMismatchError(f"the journal of {target!r} is of another version: {error}") from None
-        mapped = options.map(file, writable=writable)
         journal, sequence, receipts = None, 0, np.empty(0, RECEIPT)
         if discard:
             header = sidecar.new_header(file, kind, checksum)
-            with sidecar.replacing(real, mapped.identity, header, epoch, 0) as (journal, publish):
+            with sidecar.replacing(real, _os.identity(file), header, epoch, 0) as (journal, publish):
                 journal.sync()
                 publish()
         elif found is not None and writable:
-            journal, receipts, sequence = settle(real, file, found, epoch, mapped.sync, lasting=lasting)
+            journal, receipts, sequence = settle(real, file, found, epoch, lasting=lasting)
         elif found is not None:
             receipts = peek(found, epoch)
+        mapped = options.map(file, writable=writable)
         replace = partial(sidecar.replacing, real, mapped.identity)
         ledger = Ledger(journal, mapped.sync, replace, sequence=sequence, lasting=lasting, known=receipts)
         free = holes(receipts, mapped.nbytes)[slice(0 if journal is None else None)]

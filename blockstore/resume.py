@@ -8,16 +8,17 @@ mean for the next session; nothing of ranges and allocators.
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blockstore import _os, sidecar
+from blockstore import _cache, _os, sidecar
 from blockstore.alignment import ALIGNMENT
 from blockstore.errors import JournalDamageWarning, JournalMismatchError, PoisonedStoreError
 from blockstore.journal import Content, Journal, read_records
-from blockstore.records import DURABLE, REVOKED, VOID, WRITTEN, Standing, receipts_of, standing
+from blockstore.records import DURABLE, REVOKED, VOID, WRITTEN, Standing, holes, receipts_of, standing
 
 
 class Resumed(NamedTuple):
@@ -70,10 +71,10 @@ def peek(found: sidecar.Found, epoch: int) -> NDArray[np.void]:
     return receipts
 
 
-def settle(
-    path: str, file: _os.File, found: sidecar.Found, epoch: int, sync_data: Callable[[], None], *, lasting: bool
-) -> Resumed:
+def settle(path: str, file: _os.File, found: sidecar.Found, epoch: int, *, lasting: bool) -> Resumed:
     """Make durable what stands and forget the rest. Syncs the data once, if something was only written.
+
+    `file` is not mapped by the caller. After a sync that had failed, what is not written is made fit to be so again.
 
     Raises
     ------
@@ -92,8 +93,11 @@ def settle(
     header = replace(found.header, inode=inode, generation=generation)
     journal = Journal(found.file, found.header, content.count, epoch)
     try:
-        if len(fresh):
-            _synced(sync_data, journal, low, below)
+        if failed := bool(np.any(records["kind"] == VOID)):
+            for start, stop, _ in holes(receipts, found.header.nbytes).tolist():
+                _cache.renew(file, start, stop)
+        if failed or len(fresh):
+            _synced(partial(_os.sync_file, file), journal, low, below)
         if header != found.header or len(content.damaged) or _is_worth_rewriting(records, which):
             with sidecar.replacing(path, identity, header, epoch, len(which.where)) as (new, publish):
                 stands = records[np.sort(which.where)]

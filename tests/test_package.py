@@ -206,6 +206,7 @@ LAYERS = [
     "checksums",
     "_os",
     "_disk",
+    "_cache",
     "views",
     "mapped",
     "records",

@@ -613,15 +613,24 @@ class Syncs:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.data = self.journal = 0
         self.fails = ""
-        self._sync = _os.sync
-        patch.setattr(_os, "sync", self._call)
+        sync, sync_file = _os.sync, _os.sync_file
 
-    def _call(self, file: _os.File, mapped: Any) -> None:
-        kind = "data" if isinstance(mapped, np.memmap) else "journal"
+        def sync_mapped(file: _os.File, mapped: Any) -> None:
+            self._count("data" if isinstance(mapped, np.memmap) else "journal")
+            sync(file, mapped)
+
+        def sync_unmapped(file: _os.File) -> None:
+            name = os.readlink(f"/proc/self/fd/{file.fileno()}")
+            self._count("journal" if name.endswith(".journal") else "data")
+            sync_file(file)
+
+        patch.setattr(_os, "sync", sync_mapped)
+        patch.setattr(_os, "sync_file", sync_unmapped)
+
+    def _count(self, kind: str) -> None:
         setattr(self, kind, getattr(self, kind) + 1)
         if self.fails == kind:
             raise OSError(errno.EIO, "planted")
-        self._sync(file, mapped)
 
 
 @pytest.fixture
