@@ -212,6 +212,13 @@ def put_at(file: File, data: bytes, offset: int) -> None:
             data = data[os.write(file.fileno(), data) :]
 
 
+def poke(address: int, data: bytes) -> None:
+    """Store bytes in a map of this process. Where that would be SIGBUS, it is an `OSError`."""
+    with open("/proc/self/mem", "r+b", buffering=0) as memory:
+        memory.seek(address)
+        memory.write(data)
+
+
 def reserve_space(file: File, nbytes: int) -> None:
     """See to it that a file has `nbytes` bytes, and space on the disk for each."""
     if not PORTABLE:

@@ -147,9 +147,15 @@ class Journal:
 
     def append_last(self, kind: int, sequence: int, start: int, stop: int) -> None:
         """Add a record behind which there will be no other, without needing space."""
-        if self._file is not None:
-            record = self._draft.pack(kind, sequence, start, stop, 0, 0, 0)
-            _os.put_at(self._file, record, self._map.tell())
+        if (file := self._file) is None:
+            return
+        record, position = self._draft.pack(kind, sequence, start, stop, 0, 0, 0), self._map.tell()
+        try:
+            _os.put_at(file, record, position)
+        except OSError:  # the file system refuses, and yet the map may have room
+            if position + NBYTES > len(self._map):
+                raise
+            _os.poke(int(np.frombuffer(self._map, np.uint8).ctypes.data) + position, record)
 
     def records(self, first: int = 0, stop: int | None = None) -> NDArray[np.void]:
         """Return records as an array over the map, which stays valid when the journal is closed."""

@@ -18,7 +18,9 @@ from crashlab.plants import BAD_SECTORS, POWER_LOSS
 
 def _findings(report: object) -> Sequence[str]:
     """Return what a report has found; empty if all is well."""
-    return list(getattr(report, "findings", None) or getattr(report, "failures", ()))
+    name = "findings" if hasattr(report, "findings") else "failures"
+    found: Sequence[str] = getattr(report, name)
+    return found
 
 
 @contextlib.contextmanager
