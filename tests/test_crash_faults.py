@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes t
 if hasattr(os, "fork"):
     from crashlab import faults
     from crashlab.faulty import Fault, Trial
+    from crashlab.truth import boot_restored
 
 DATA_SYNC = "fsync" if _os.PORTABLE else "fdatasync"
 
@@ -133,6 +134,7 @@ def test_a_call_that_was_not_made_to_fail_is_noticed(disk: Path) -> None:
     judge = faults.Judge(disk, 0)
     path, trial = judge.path(), Trial(Fault("link", 99), False, False)
 
-    judge.judge(trial, path, *faults.in_process(path, 0, trial))
+    with boot_restored():
+        judge.judge(trial, path, *faults.in_process(path, 0, trial))
 
     assert judge.failures == ["seed 0, link 99 EIO, gone on: the first call that failed was None"]
