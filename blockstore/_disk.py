@@ -16,7 +16,8 @@ import hashlib
 import os
 import struct
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from blockstore import _os
@@ -67,38 +68,97 @@ def filesystem(file: _os.File) -> str:
     return ""
 
 
-def lock(file: _os.File, path: str) -> _os.File | None:
-    """Become the one writer of a file, which may have no name yet; return what holds the lock until it is closed.
+class FileLock:
+    """The right to write a file: the only one on this machine, until it is released, or the process ends.
 
     It has a descriptor of its own, since a map keeps a copy of the one it was made from for as long as an array over
-    it lives. Raises `BlockingIOError` if somebody has the lock. Where the file system knows no locks, nobody is
-    kept out.
+    it lives. Raises `BlockingIOError` if somebody else has the right. Where the file system knows no locks, nobody is
+    kept out. The file may have no name yet; `path` is where it has one otherwise.
     """
-    if sys.platform == "win32":
-        return None
-    try:
-        held = _os.File(os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR))
-    except FileNotFoundError:
+
+    def __init__(self, file: _os.File, path: str) -> None:
+        self._needed = self._finalized = False
+        self._held: _os.File | None = None
+        if sys.platform == "win32":
+            return
         try:
-            held = _os.open_file(path, writable=True)
+            held = _os.File(os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR))
         except FileNotFoundError:
-            return None
-        if not os.path.samestat(os.fstat(held.fileno()), os.fstat(file.fileno())):
-            return None
-    try:
-        if _os.PORTABLE:
-            fcntl.flock(held.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            whole = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, _LOCK_AT, 1, 0)
-            fcntl.fcntl(held.fileno(), fcntl.F_OFD_SETLK, whole)
-        return held
-    except OSError as error:
-        held.close_now()
-        if error.errno in _NO_LOCKS:
-            return None
-        if error.errno in _BUSY:
-            raise BlockingIOError(error.errno, "somebody else writes it", path) from None
-        raise
+            try:
+                held = _os.open_file(path, writable=True)
+            except FileNotFoundError:
+                return
+            if not os.path.samestat(os.fstat(held.fileno()), os.fstat(file.fileno())):
+                return
+        self._held = held
+        _locks[id(self)] = self
+        try:
+            _set_lock(held.fileno(), fcntl.F_WRLCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            if error.errno in _BUSY:
+                raise BlockingIOError(error.errno, "somebody else writes it", path) from None
+            if error.errno not in _NO_LOCKS:
+                raise
+
+    def keep(self) -> None:
+        """Stay until `release`, even if finalized: the garbage collector may come here before it comes to a store."""
+        self._needed = True
+
+    def release(self, holders: Sequence[object] = ()) -> None:
+        """Let others write the file, once all of `holders` are gone."""
+        self._needed = False
+        for holder in holders:
+            weakref.finalize(holder, id, self).atexit = False
+        if not holders or self._finalized:
+            self._unlock()
+
+    def close(self) -> None:
+        """Close the descriptor and leave the lock to whoever shares it: a forked child leaves it to its parent."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.close_now()
+
+    def _unlock(self) -> None:
+        if self._held is not None:  # closing alone would leave the lock to a child that is about to run a program
+            with contextlib.suppress(OSError):
+                _set_lock(self._held.fileno(), fcntl.F_UNLCK, fcntl.LOCK_UN)
+            self.close()
+
+    def __del__(self) -> None:
+        self._finalized = True
+        if not self._needed:
+            self._unlock()
+
+
+def is_locked_here(file: _os.File) -> bool:
+    """Whether this process holds the lock of a file."""
+    locks = [reference() for reference in _locks.valuerefs()]
+    held = [lock._held for lock in locks if lock is not None]
+    this = os.fstat(file.fileno())
+    return any(os.path.samestat(os.fstat(each.fileno()), this) for each in held if each is not None)
+
+
+def _set_lock(descriptor: int, kind: int, portable: int) -> None:
+    if _os.PORTABLE:
+        fcntl.flock(descriptor, portable)
+    else:
+        whole = struct.pack("hhqqi", kind, os.SEEK_SET, _LOCK_AT, 1, 0)
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, whole)
+
+
+_locks: "weakref.WeakValueDictionary[int, FileLock]" = weakref.WeakValueDictionary()
+
+
+def _leave_locks() -> None:
+    """In a forked child: leave all locks to the parent."""
+    for reference in _locks.valuerefs():
+        if (lock := reference()) is not None:
+            lock.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_locks)
 
 
 @contextlib.contextmanager

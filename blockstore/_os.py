@@ -95,10 +95,10 @@ class File:
 
     def close_now(self) -> None:
         """Close, whoever has a reference: for what nobody else uses, and in a forked child, where nobody else runs."""
-        if not (self._finalized and not self._kept):
+        if self._fd >= 0 and (self._kept or not self._finalized):
             self._kept, self._finalized = True, False
-            os.close(self._fd)
-            self._fd = -1
+            descriptor, self._fd = self._fd, -1
+            os.close(descriptor)
 
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
         self._finalized = True

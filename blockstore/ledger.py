@@ -14,7 +14,7 @@ import errno
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +27,11 @@ from blockstore.records import DURABLE, RECEIPT, REVOKED, VOID, WRITTEN, Standin
 _COMPACT_MIN = 10_000
 _NEVER = 1 << 64
 
-Replace = Callable[[Header, int, int], AbstractContextManager[tuple[Journal, Callable[[], None]]]]
-"""Makes an empty journal, and a function that puts it in the place of the old one. Takes the header, boot and mount,
-and a number of records to have space for.
+Replace = Callable[[Header, int, int], AbstractContextManager[tuple[Journal, Callable[[], None], Callable[[], bool]]]]
+"""Makes an empty journal, a function that puts it in the place of the old one, and one that tells whether it is there.
 
-Raises `NoSpaceError` if there is no space for it, and leaves nothing behind unless the function was called."""
+Takes the header, boot and mount, and a number of records to have space for. Raises `NoSpaceError` if there is no space
+for it, and leaves nothing behind unless the function was called."""
 
 
 class Ledger:
@@ -66,9 +66,11 @@ class Ledger:
         self._replace = replace
         self._lasting = lasting
         self._known = np.empty(0, RECEIPT) if known is None else known
-        self._appending = threading.Lock()  # held for an append, never for a system call that waits
-        self._syncing = threading.Lock()  # held for a sync of the journal
-        self._flushing = threading.Lock()  # held for a flush; taken before the other two
+        # Reentrant only so that a signal handler that comes in between can be told: nothing here is reentrant.
+        self._appending: Any = threading.RLock()  # held for an append, never for a system call that waits
+        self._syncing: Any = threading.RLock()  # held for a sync of the journal
+        self._flushing: Any = threading.RLock()  # held for a flush; taken before the other two
+        self._in_flush = False
         self._next = sequence
         self._failure: OSError | None = None
         self._closed = False
@@ -91,6 +93,8 @@ class Ledger:
 
         The caller holds the claim. Raises `OSError`, with nothing noted, if there is no space for the record.
         """
+        if self._appending._is_owned():
+            self._reentered()
         with self._appending:
             journal = self._journal
             if journal is None or self._failure is not None or self._closed:
@@ -108,6 +112,8 @@ class Ledger:
 
     def revoke(self, extent: Extent) -> None:
         """Void what was recorded of `extent`, on the disk too, before a byte changes. The caller holds its claim."""
+        if self._appending._is_owned() or self._syncing._is_owned():
+            self._reentered()
         with self._appending:
             journal, revoked = self._journal, extent._sequence
             if journal is None or revoked is None or self._failure is not None or self._closed:
@@ -124,7 +130,7 @@ class Ledger:
             count = journal.count
         if promised:
             self._sync_journal(count)
-        if count > _COMPACT_MIN + 2 * self._compacted and not self._flushing.locked():
+        if count > _COMPACT_MIN + 2 * self._compacted and not self._in_flush:
             with self._flushing:  # and not a plain acquire, after which Ctrl-C could leave it locked
                 self._compact()
 
@@ -132,37 +138,45 @@ class Ledger:
 
     def flush(self, wanted: Sequence[WriteReceipt] | None) -> int:
         """Make `wanted` durable, or all; return how many receipts became so. See `BlockStore.flush`."""
+        self.check_reentry()
         with self._flushing:
-            if self._failure is not None:
+            self.check()
+            self._in_flush = True
+            try:
+                return self._flush(wanted)
+            finally:
+                self._in_flush = False
+
+    def _flush(self, wanted: Sequence[WriteReceipt] | None) -> int:
+        with self._appending:
+            journal = self._journal
+            if self._closed:
                 self._refuse()
-            with self._appending:
-                journal = self._journal
-                if self._closed:
-                    self._refuse()
-                if journal is None:
-                    return 0
-                count, below = journal.count, self._next
-                if count == self._flushed or (wanted is not None and all(receipt.durable for receipt in wanted)):
-                    return 0
-                self._next = below + 1
-                self._promised = below
-                revoked_at = self._revoked_at
-            self._or_poison(self._sync_data)
-            if not self._lasting:
+            if journal is None:
                 return 0
-            self._sync_journal(revoked_at)
-            self._say_durable(journal, below)
-            self._sync_journal(journal.count)
-            self.durable_below = below
-            news = journal.records(self._flushed)
-            covered = news["sequence"][standing(news, journal.epoch).where] < below
-            self._flushed = count + 1 if journal.count == count + 1 else count
-            if count > _COMPACT_MIN + 2 * self._compacted:
-                self._compact()
-            return int(np.count_nonzero(covered))
+            count, below = journal.count, self._next
+            if count == self._flushed or (wanted is not None and all(receipt.durable for receipt in wanted)):
+                return 0
+            self._next = below + 1
+            self._promised = below
+            revoked_at = self._revoked_at
+        self._or_poison(self._sync_data)
+        if not self._lasting:
+            return 0
+        self._sync_journal(revoked_at)
+        self._say_durable(journal, below)
+        self._sync_journal(journal.count)
+        self.durable_below = below
+        news = journal.records(self._flushed)
+        covered = news["sequence"][standing(news, journal.epoch).where] < below
+        self._flushed = count + 1 if journal.count == count + 1 else count
+        if count > _COMPACT_MIN + 2 * self._compacted:
+            self._compact()
+        return int(np.count_nonzero(covered))
 
     def sync(self) -> None:
         """Sync the data, whether or not a record waits for it."""
+        self.check_reentry()
         with self._flushing:
             if self._failure is not None:
                 self._refuse()
@@ -233,7 +247,7 @@ class Ledger:
         durable = stands["sequence"] < below
 
         def swap() -> None:
-            with self._replace(old.header, old.epoch, len(stands) + _COMPACT_MIN) as (new, publish):
+            with self._replace(old.header, old.epoch, len(stands) + _COMPACT_MIN) as (new, publish, is_in_place):
                 new.extend(stands[durable])
                 if self._lasting:
                     new.append(DURABLE, below, 0, below)
@@ -246,12 +260,12 @@ class Ledger:
                         new.sync()
                     try:
                         publish()
-                    except OSError:  # it may be in place, but not for good
-                        new.append_last(VOID, self._next, below, self._next)
-                        raise
-                    self._journal, self._flushed, self._synced = new, flushed, new.count
-                    self._revoked_at = 0
-            old.close(trim=False)
+                    finally:  # an error or Ctrl-C may come when the new one has the name already
+                        if is_in_place():
+                            new.keep()
+                            self._journal, self._flushed, self._synced = new, flushed, new.count
+                            self._revoked_at = 0
+                            old.close(trim=False)
             self._compacted = len(stands)
 
         with contextlib.suppress(NoSpaceError):
@@ -274,6 +288,17 @@ class Ledger:
             raise PoisonedStoreError(
                 error.errno or errno.EIO, f"the sync failed ({error}): what was not durable may be lost"
             ) from error
+
+    def check_reentry(self) -> None:
+        """Raise `RuntimeError` in a signal handler that has interrupted this very thread in the midst of a step."""
+        if self._appending._is_owned() or self._syncing._is_owned() or self._flushing._is_owned():
+            self._reentered()
+
+    def _reentered(self) -> NoReturn:
+        raise RuntimeError(
+            "the store was called from a signal handler that interrupted a flush or an exit of the same thread: "
+            "let the handler raise, or set a flag"
+        )
 
     def check(self) -> None:
         """Raise `PoisonedStoreError` if a sync has failed."""

@@ -229,7 +229,7 @@ def open(
         journal, sequence, receipts = None, 0, np.empty(0, RECEIPT)
         if discard:
             header = sidecar.new_header(file, kind, checksum)
-            with sidecar.replacing(real, _os.identity(file), header, epoch, 0) as (journal, publish):
+            with sidecar.replacing(real, _os.identity(file), header, epoch, 0) as (journal, publish, _):
                 journal.sync()
                 publish()
         elif found is not None and writable:
@@ -246,17 +246,21 @@ def open(
         return store
 
 
-def _locked(file: _os.File, path: str, undo: contextlib.ExitStack) -> _os.File | None:
+def _locked(file: _os.File, path: str, undo: contextlib.ExitStack) -> _disk.FileLock:
     """Lock a file, until an error or the store lets go of it."""
     try:
-        lock = _disk.lock(file, path)
+        lock = _disk.FileLock(file, path)
     except BlockingIOError:
         identity = _os.identity(file)
-        here = [s for s in live.stores() if s._mapped.writable and s._mapped.identity == identity]
-        who = f"{here[0]!r} of this process" if here else "a store of another process"
-        raise StoreInUseError(f"cannot open {path!r} for writing: {who} has it open; mode='r' reads it") from None
-    if lock is not None:
-        undo.callback(lock.close_now)
+        here = [f"{s!r}" for s in live.stores() if s._mapped.writable and s._mapped.identity == identity]
+        if here:
+            who = f"{here[0]} of this process has it open"
+        elif _disk.is_locked_here(file):
+            who = "arrays of a closed store of this process can still write it, drop them first"
+        else:
+            who = "a store of another process has it open"
+        raise StoreInUseError(f"cannot open {path!r} for writing: {who}; mode='r' reads it") from None
+    undo.callback(lock.release)
     return lock
 
 

@@ -47,6 +47,8 @@ class Owner(Protocol):
     """A weak reference of each open writer, by the start of its range, to what dies when nobody can write any more.
 
     Each change is one atomic step: `setdefault`, and what only the holder of a claim does to it."""
+    _escapes: "list[ref[Any]]"
+    """Weak references of what keeps the file's memory writable though its writer has left."""
     _stale: threading.Lock
     """Held to remove a claim whose writer was interrupted before it could."""
     _down: str | None

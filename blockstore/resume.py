@@ -99,7 +99,7 @@ def settle(path: str, file: _os.File, found: sidecar.Found, epoch: int, *, lasti
         if failed or len(fresh):
             _synced(partial(_os.sync_file, file), journal, low, below)
         if header != found.header or len(content.damaged) or _is_worth_rewriting(records, which):
-            with sidecar.replacing(path, identity, header, epoch, len(which.where)) as (new, publish):
+            with sidecar.replacing(path, identity, header, epoch, len(which.where)) as (new, publish, _):
                 stands = records[np.sort(which.where)]
                 if lasting:
                     new.extend(stands)

@@ -118,10 +118,18 @@ def _match(name: str, file: _os.File, *, writable: bool, adopt: bool = False) ->
     return Found(opened, header, name)
 
 
+class Replacement(NamedTuple):
+    """A new journal, and what it takes to put it in the place of the old one."""
+
+    journal: Journal
+    publish: Callable[[], None]
+    """Gives it the name, in one step, and syncs the folder."""
+    is_in_place: Callable[[], bool]
+    """Whether it has the name: `publish` may be interrupted behind that step."""
+
+
 @contextlib.contextmanager
-def replacing(
-    path: str, identity: tuple[int, ...], header: Header, epoch: int, count: int
-) -> Iterator[tuple[Journal, Callable[[], None]]]:
+def replacing(path: str, identity: tuple[int, ...], header: Header, epoch: int, count: int) -> Iterator[Replacement]:
     """Make a journal with space for `count` records, and a function that puts it in the place of what is there.
 
     `identity` is that of the file, which must still be at `path` then. Without the call nothing is left behind. Raises
@@ -136,7 +144,6 @@ def replacing(
             raise NoSpaceError(
                 error.errno, f"cannot write the journal anew: {error.strerror}", path_of(path)
             ) from error
-        journal.keep()
 
         def publish() -> None:
             with _disk.folder_to_oneself(path):
@@ -147,10 +154,14 @@ def replacing(
                     os.unlink(_fresh(path))
                 _os.publish(file, name, path_of(path), directory, overwrite=True)
 
+        def is_in_place() -> bool:
+            return is_file(path_of(path), _os.identity(file))
+
         try:
-            yield journal, publish
+            yield Replacement(journal, publish, is_in_place)
         except BaseException:
-            journal.close(trim=False)
+            if not is_in_place():
+                journal.close(trim=False)
             raise
 
 

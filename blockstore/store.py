@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from blockstore import live
-from blockstore._os import File
+from blockstore._disk import FileLock
 from blockstore.allocators import Allocator, UntilFull, check_nbytes
 from blockstore.checksums import ChecksumFunction
 from blockstore.errors import (
@@ -85,7 +85,7 @@ class BlockStore:
         allocator: Allocator,
         ledger: Ledger,
         digest: ChecksumFunction | None,
-        lock: File | None,
+        lock: FileLock | None,
     ) -> None:
         self.path = path
         self.nbytes = mapped.nbytes
@@ -98,6 +98,7 @@ class BlockStore:
         if lock is not None:
             lock.keep()
         self._claims: dict[int, weakref.ref[Any]] = {}
+        self._escapes: list[weakref.ref[Any]] = []
         self._stale = threading.Lock()
         self._token = secrets.token_bytes(8)  # tells it from other stores of the file
         self._quiet = False  # whether not to warn if it is never closed
@@ -343,6 +344,7 @@ class BlockStore:
         """
         if self._down is not None:
             return
+        self._ledger.check_reentry()
         try:
             if self.mode == "r+":
                 self.flush()
@@ -415,15 +417,16 @@ class BlockStore:
     def _shut(self, why: str) -> None:
         self._down = why
         self._take = self._refuse_taking
+        shared, lock, self._lock = self._mapped.map, self._lock, None
         try:
             self._ledger.close()
         finally:
-            lock, self._lock = self._lock, None
             try:
                 self._mapped.drop()
             finally:
-                if lock is not None:
-                    lock.close_now()
+                if lock is not None:  # who is still inside a writer, or let a view escape, can still write the file
+                    held = [held() for held in (*self._claims.values(), *self._escapes)]
+                    lock.release([a for a in held if a is not None and getattr(a, "base", shared) is shared])
 
     def _disown(self) -> None:
         self._down = "inherited through a fork"
@@ -431,7 +434,7 @@ class BlockStore:
         self._ledger.abandon()
         self._mapped.disown()
         if self._lock is not None:
-            self._lock.close_now()
+            self._lock.close()
 
     def _refuse_taking(self, nbytes: int, partial: bool) -> tuple[int, int]:
         self._refuse_writing()

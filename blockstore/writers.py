@@ -96,9 +96,11 @@ class Writer(Loan):
     def _keep_escaped(self) -> int:
         """Count the views that escaped; while there are any, the range takes no new writer."""
         loan = self.pass_on()
-        count = loan.count(scan=self._range._owner._escaped != "ignore")
+        owner = self._range._owner
+        count = loan.count(scan=owner._escaped != "ignore")
         if count:
             self._range._bar = loan
+            owner._escapes[:] = [*(held for held in owner._escapes if held() is not None), ref(loan._root)]
         return count
 
     _danger = "what is written through them from now on may reach the file"

@@ -98,7 +98,9 @@ def _missed() -> tuple[dict[str, str], list[str]]:
             if reports[-1].findings:
                 break
         if reports[-1].findings:
-            caught[plant] = f"caught with seed {reports[-1].seeds[-1]}: {reports[-1].findings[0]}"
+            caught[plant] = (
+                f"caught with seed {reports[-1].seeds[-1]}: {reports[-1].findings[0].strip().splitlines()[-1]}"
+            )
         else:
             missed.append(plant)
     return caught, missed

@@ -14,7 +14,7 @@ import pytest
 from support import PORTABLE, admitted, contents, in_child, run_python, uses_of
 
 import blockstore as bs
-from blockstore import _os
+from blockstore import _disk, _os
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 
@@ -344,14 +344,9 @@ def test_a_child_that_lives_on_does_not_keep_others_from_a_file_that_its_parent_
 def test_a_child_that_keeps_the_lock_is_caught_by_the_same_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disown, kept = bs.BlockStore._disown, []
-
-    def disown_but_the_lock(store: bs.BlockStore) -> None:
-        kept.append(store._lock)
-        store._lock = None
-        disown(store)
-
-    monkeypatch.setattr(bs.BlockStore, "_disown", disown_but_the_lock)
+    close, parent = _disk.FileLock.close, os.getpid()
+    monkeypatch.setattr(_disk.FileLock, "close", lambda lock: close(lock) if os.getpid() == parent else None)
+    monkeypatch.setattr(_disk.FileLock, "_unlock", lambda lock: lock.close())
 
     assert open_beside_a_child(bs.create(tmp_path / "data.bin", 4096)) == "StoreInUseError"
 
@@ -436,7 +431,7 @@ def test_a_fork_during_a_flush_leaves_a_child_that_is_refused_and_does_not_hang(
             store.flush()
 
     def answer() -> tuple[bool, list[str]]:
-        return store._ledger._flushing.locked(), admitted(uses, bs.ForkedStoreError)
+        return not store._ledger._flushing.acquire(blocking=False), admitted(uses, bs.ForkedStoreError)
 
     with Sitting(flush):
         answered = in_child(answer)

@@ -568,8 +568,8 @@ class Noticing:
     def __exit__(self, *exc_info: object) -> None:
         self._lock.release()
 
-    def locked(self) -> bool:
-        return bool(self._lock.locked())
+    def _is_owned(self) -> bool:
+        return bool(self._lock._is_owned())
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
