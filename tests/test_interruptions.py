@@ -56,9 +56,10 @@ def test_an_interrupt_around_the_naming_of_a_new_journal_loses_no_receipt(
     with bs.create(path, 1 << 16) as store:
         r = store.allocate(5, tag=1)
         r.write(b"hello")
-        with monkeypatch.context() as patch, pytest.raises(error):
-            patch.setattr(_os, "publish", interrupted)
+        monkeypatch.setattr(_os, "publish", interrupted)
+        with pytest.raises(error):
             rewrite(r)
+        monkeypatch.setattr(_os, "publish", publish)
 
         late = store.allocate(4, tag=2).write(b"late")
         store.flush()
