@@ -109,9 +109,14 @@ class FileLock:
         """Let others write the file, once all of `holders` are gone."""
         self._needed = False
         for holder in holders:
-            weakref.finalize(holder, id, self).atexit = False
+            reference = weakref.ref(holder, self._gone)
+            _waits[id(reference)] = reference
         if not holders or self._finalized:
             self._unlock()
+
+    def _gone(self, reference: "weakref.ref[object]") -> None:
+        """Forget a holder; with the last one goes the last reference to this lock."""
+        _waits.pop(id(reference), None)
 
     def close(self) -> None:
         """Close the descriptor and leave the lock to whoever shares it: a forked child leaves it to its parent."""
@@ -146,6 +151,9 @@ def _set_lock(descriptor: int, kind: int, portable: int) -> None:
         whole = struct.pack("hhqqi", kind, os.SEEK_SET, _LOCK_AT, 1, 0)
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, whole)
 
+
+_waits: "dict[int, weakref.ref[object]]" = {}
+"""What locks wait for; each refers to its lock by its callback."""
 
 _locks: "weakref.WeakValueDictionary[int, FileLock]" = weakref.WeakValueDictionary()
 
