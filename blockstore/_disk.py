@@ -16,6 +16,7 @@ import hashlib
 import os
 import struct
 import sys
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -107,7 +108,7 @@ class FileLock:
 
     def release(self, holders: Sequence[object] = ()) -> None:
         """Let others write the file, once all of `holders` are gone."""
-        self._needed = False
+        self._needed = False  # first, so that Ctrl-C leaks nothing
         for holder in holders:
             reference = weakref.ref(holder, self._gone)
             _waits[id(reference)] = reference
@@ -155,6 +156,7 @@ def _set_lock(descriptor: int, kind: int, portable: int) -> None:
 _waits: "dict[int, weakref.ref[object]]" = {}
 """What locks wait for; each refers to its lock by its callback."""
 
+_folders: "weakref.WeakValueDictionary[int, _os.File]" = weakref.WeakValueDictionary()
 _locks: "weakref.WeakValueDictionary[int, FileLock]" = weakref.WeakValueDictionary()
 
 
@@ -163,6 +165,9 @@ def _leave_locks() -> None:
     for reference in _locks.valuerefs():
         if (lock := reference()) is not None:
             lock.close()
+    for folder in _folders.valuerefs():
+        if (file := folder()) is not None:
+            file.close_now()
 
 
 if hasattr(os, "register_at_fork"):
@@ -173,21 +178,35 @@ if hasattr(os, "register_at_fork"):
 def folder_to_oneself(path: str) -> Iterator[None]:
     """Keep others out who are about to give or change names in the folder of `path`.
 
-    Where the file system knows no locks, nobody is kept out.
+    Where the file system knows no locks, or somebody keeps this one for more than `_PATIENCE_SECONDS`, nobody is kept
+    out: creators are told apart by `link` all the same.
     """
     if sys.platform == "win32":
         yield
         return
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+    folder = _os.File(os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY))
+    _folders[id(folder)] = folder
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while not _try_folder(folder) and time.monotonic() < until:
+            time.sleep(0.002)
         yield
     finally:
-        os.close(folder)
+        folder.close_now()
+
+
+_PATIENCE_SECONDS = 10.0
+
+
+def _try_folder(folder: _os.File) -> bool:
+    try:
+        fcntl.flock(folder.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _BUSY:
+            return False
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
 
 
 def _mount(file: _os.File) -> int:

@@ -73,7 +73,7 @@ class File:
     with, which has yet to flush; so a store keeps its file open until it releases it.
     """
 
-    __slots__ = ("_fd", "_finalized", "_kept")
+    __slots__ = ("__weakref__", "_fd", "_finalized", "_kept")
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -231,8 +231,9 @@ def reserve_space(file: File, nbytes: int) -> None:
 
 
 def shrink(file: File, nbytes: int) -> None:
-    """Cut a file down to `nbytes`. What is mapped beyond may not be touched any more."""
-    os.ftruncate(file.fileno(), nbytes)
+    """Cut a file down to `nbytes`, if it has more. What is mapped beyond may not be touched any more."""
+    if os.fstat(file.fileno()).st_size > nbytes:
+        os.ftruncate(file.fileno(), nbytes)
 
 
 def sync(file: File, mapped: Map | mmap.mmap) -> None:

@@ -25,6 +25,7 @@ what was asked, what was there, and in which unit. Errors of the system itself (
     ├── ForkedStoreError         RuntimeError        the store was inherited through a fork
     ├── ReadOnlyStoreError       io.UnsupportedOperation   the store was opened with mode="r"
     ├── JournalMismatchError     ValueError          the journal is another file's, or none
+    ├── JournalSpaceError        OSError             the journal has no space for more
     ├── NotRegularFileError      OSError             a directory, FIFO or device
     └── PoisonedStoreError       OSError(EIO)        an earlier sync failed
 
@@ -57,6 +58,7 @@ __all__ = [
     "ForkedStoreError",
     "JournalDamageWarning",
     "JournalMismatchError",
+    "JournalSpaceError",
     "LayoutError",
     "LengthError",
     "NotRegularFileError",
@@ -90,15 +92,16 @@ class OutOfSpaceError(BlockStoreError, OSError):
         Bytes of the largest contiguous hole.
     """
 
-    def __init__(self, requested: int, free: int, largest: int) -> None:
+    def __init__(self, requested: int, free: int, largest: int, hint: str = "") -> None:
         where = "" if largest == free else f", the largest hole has {largest} bytes"
-        super().__init__(errno.ENOSPC, f"cannot allocate {requested} bytes: {free} bytes are free{where}")
+        super().__init__(errno.ENOSPC, f"cannot allocate {requested} bytes: {free} bytes are free{where}{hint}")
         self.requested = requested
         self.free = free
         self.largest = largest
+        self._hint = hint
 
-    def __reduce__(self) -> tuple[type["OutOfSpaceError"], tuple[int, int, int]]:
-        return type(self), (self.requested, self.free, self.largest)
+    def __reduce__(self) -> tuple[type["OutOfSpaceError"], tuple[int, int, int, str]]:
+        return type(self), (self.requested, self.free, self.largest, self._hint)
 
 
 class LengthError(BlockStoreError, ValueError):
@@ -189,6 +192,10 @@ class RevokedReceiptError(BlockStoreError, ValueError):
 
 class JournalMismatchError(BlockStoreError, ValueError):
     """The file where the journal of a store should be is another store's journal, or no journal at all."""
+
+
+class JournalSpaceError(BlockStoreError, OSError):
+    """No space could be had for a record or a new journal: nothing was recorded, and what was recorded stands."""
 
 
 class JournalDamageWarning(UserWarning):

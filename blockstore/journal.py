@@ -12,8 +12,8 @@ import io
 import json
 import mmap
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import NoReturn
 from zlib import crc32
 
@@ -21,15 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockstore import _os
-from blockstore.errors import JournalMismatchError, LayoutError, NotRegularFileError
-from blockstore.records import NBYTES, RECORD, Draft, own, valid
+from blockstore.errors import JournalMismatchError, JournalSpaceError, LayoutError, NotRegularFileError
+from blockstore.records import DURABLE, NBYTES, RECORD, Draft, own, valid
 
 HEADER_NBYTES = 4096
 
 _TITLE = b"blockstore journal, version 1, crc32 "
-_SPARE_NBYTES = 4096
-"""Space behind the map, so that the last word of a store, that it is poisoned, needs none."""
+_SPARE_NBYTES = 8192
+"""Zeros behind the map: half for a last DURABLE on a full disk; from the rest one sees that nothing was cut off."""
 _GROW_MIN, _GROW_MAX = 1 << 16, 1 << 26
+_LAST_WORDS_NBYTES = 512
+_ROOM_NBYTES = 4096
+"""What a closed journal keeps for more records, and the least that it grows by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +81,9 @@ def is_journal(path: str) -> bool:
     """Whether a path names a journal of ours, by its first bytes."""
     try:
         file = _os.open_file(path, writable=False, follow=False)
-    except (OSError, ValueError):
+    except (OSError, LayoutError):
         return False
     return os.read(file.fileno(), len(_TITLE)) == _TITLE
-
-
-class NoSpaceError(OSError):
-    """No space could be reserved for a journal; nothing was changed."""
 
 
 class Journal:
@@ -111,7 +110,7 @@ class Journal:
     @classmethod
     def create(cls, file: _os.File, header: Header, epoch: int, count: int = 0) -> "Journal":
         """Make a journal out of an empty file, with space for at least `count` records; not synced."""
-        _reserve(file, space_for(count))
+        _reserve(file, 0, (space_for(count) - _SPARE_NBYTES,))
         _os.put_at(file, header.encode(), 0)
         return cls(file, header, 0, epoch)
 
@@ -130,13 +129,13 @@ class Journal:
     ) -> None:
         """Add a record. It survives the process at once, and the power after a `sync`.
 
-        Raises `NoSpaceError`, with nothing added, if no space can be reserved.
+        Raises `JournalSpaceError`, with nothing added, if no space can be reserved.
         """
         record = self._draft.pack(kind, sequence, start, stop, nbytes, tag, checksum)
         try:
             self._write(record)
         except ValueError:  # the map is full
-            self._map_space(self._map.tell(), NBYTES)
+            self._map_space(self._map.tell(), NBYTES, last_resort=kind == DURABLE)
             self._write(record)
 
     def extend(self, records: NDArray[np.void]) -> None:
@@ -184,10 +183,10 @@ class Journal:
         """Let go of the file, and give back the space that was reserved for more. Nobody appends any more."""
         file, self._file, self._write = self._file, None, _closed
         if file is not None:
+            file.release()  # first, so that Ctrl-C leaks nothing
             if trim:
                 with contextlib.suppress(OSError):  # nobody needs it
-                    _os.shrink(file, self._map.tell())
-            file.release()
+                    _os.shrink(file, self._map.tell() + _ROOM_NBYTES + _SPARE_NBYTES)
 
     def abandon(self) -> None:
         """In a forked child: close the descriptor, whoever was using it."""
@@ -195,17 +194,25 @@ class Journal:
         if file is not None:
             file.close_now()
 
-    def _map_space(self, position: int, nbytes: int) -> None:
-        """Map the records up to `position`, where the next one goes, and space for at least `nbytes` more."""
+    def _map_space(self, position: int, nbytes: int, *, last_resort: bool = False) -> None:
+        """Map the records up to `position`, where the next one goes, and space for at least `nbytes` more.
+
+        As a `last_resort` half of the spare space is taken, if no other can be had.
+        """
         if self._file is None:
             _closed(b"")
+        spare = _SPARE_NBYTES
         if nbytes:
-            more = max(nbytes, min(max(position, _GROW_MIN), _GROW_MAX))
-            _reserve(self._file, position + more + _SPARE_NBYTES)
-        capacity = os.fstat(self._file.fileno()).st_size - _SPARE_NBYTES
-        if capacity < position:  # it was trimmed
-            capacity = position
-            _reserve(self._file, position + _SPARE_NBYTES)
+            usual = max(nbytes, min(max(position, _GROW_MIN), _GROW_MAX))
+            try:
+                _reserve(self._file, position, (usual, max(nbytes, _ROOM_NBYTES)))
+            except JournalSpaceError:
+                if not last_resort:
+                    raise
+                spare //= 2
+        capacity = max(os.fstat(self._file.fileno()).st_size - spare, position)
+        if capacity < position + nbytes:
+            raise JournalSpaceError(errno.ENOSPC, "the space that the journal keeps for a full disk is used up")
         mapped = mmap.mmap(self._file.fileno(), capacity)
         mapped.seek(position)
         self._map, self._write = mapped, mapped.write
@@ -216,13 +223,16 @@ def space_for(count: int) -> int:
     return HEADER_NBYTES + max(count * NBYTES, _GROW_MIN) + _SPARE_NBYTES
 
 
-def _reserve(file: _os.File, nbytes: int) -> None:
-    try:
-        _os.reserve_space(file, nbytes)
-    except OSError as error:
-        raise NoSpaceError(
-            error.errno, f"cannot reserve {nbytes} bytes for the journal: {error.strerror}; nothing was recorded"
-        ) from None
+def _reserve(file: _os.File, position: int, sizes: Sequence[int]) -> None:
+    """Reserve space for one of `sizes` bytes from `position`, the first that is to be had, and the spare space."""
+    for nbytes in sizes:
+        try:
+            return _os.reserve_space(file, position + nbytes + _SPARE_NBYTES)
+        except OSError as error:
+            failed = error
+    raise JournalSpaceError(
+        failed.errno, f"cannot reserve {nbytes} bytes for the journal: {failed.strerror}; nothing was recorded"
+    ) from None
 
 
 def _closed(record: bytes) -> NoReturn:
@@ -241,6 +251,8 @@ class Content:
     """Where the next record goes: behind the last valid one."""
     damaged: NDArray[np.intp]
     """Where, before that, there is none of ours that is whole."""
+    is_cut: bool = False
+    """Whether the zeros are missing that every journal ends with, and so maybe records before them."""
 
 
 def read_header(file: _os.File, path: str) -> Header:
@@ -256,9 +268,17 @@ def read_header(file: _os.File, path: str) -> Header:
 
 def read_records(file: _os.File, header: Header) -> Content:
     """Read the records of a journal, and check each."""
+    content, nbytes = _read(file, header, -1)
+    if len(content.damaged):  # or it was appended to while it was read, page by page: what is missing is there by now
+        content, _ = _read(file, header, content.count * NBYTES)
+    left = nbytes - content.count * NBYTES
+    return replace(content, is_cut=left < _SPARE_NBYTES // 2 - _LAST_WORDS_NBYTES)
+
+
+def _read(file: _os.File, header: Header, nbytes: int) -> tuple[Content, int]:
     with io.FileIO(file.fileno(), "r", closefd=False) as opened:
         opened.seek(HEADER_NBYTES)
-        raw = np.fromfile(opened, np.uint8)
+        raw = np.fromfile(opened, np.uint8, nbytes)
     slots = raw[: len(raw) // NBYTES * NBYTES].view(RECORD)
     used = np.flatnonzero(slots["magic"])
     slots = slots[: int(used[-1]) + 1 if len(used) else 0]
@@ -266,7 +286,7 @@ def read_records(file: _os.File, header: Header) -> Content:
     found = np.flatnonzero(ours)
     count = int(found[-1]) + 1 if len(found) else 0
     damaged = np.flatnonzero(~ours[:count])
-    return Content(slots[:count] if len(damaged) == 0 else slots[found], found, count, damaged)
+    return Content(slots[:count] if len(damaged) == 0 else slots[found], found, count, damaged), len(raw)
 
 
 def open_journal(path: str, *, writable: bool) -> _os.File:
@@ -274,7 +294,9 @@ def open_journal(path: str, *, writable: bool) -> _os.File:
     try:
         return _os.open_file(path, writable=writable, follow=False)
     except LayoutError:
-        raise JournalMismatchError(f"the journal {path!r} is empty: {_DISCARD}") from None
+        raise JournalMismatchError(
+            f"the journal {path!r} is an empty file: delete it if it is of no use; without a journal {_DISCARD}"
+        ) from None
     except OSError as error:
         if isinstance(error, NotRegularFileError) or error.errno == errno.ELOOP:
             raise JournalMismatchError(f"the journal {path!r} is no regular file: {error.strerror}") from None

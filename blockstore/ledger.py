@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from blockstore.errors import ClosedStoreError, PoisonedStoreError
-from blockstore.journal import Header, Journal, NoSpaceError
+from blockstore.errors import ClosedStoreError, JournalSpaceError, PoisonedStoreError
+from blockstore.journal import Header, Journal
 from blockstore.receipts import Extent, WriteReceipt
 from blockstore.records import DURABLE, RECEIPT, REVOKED, VOID, WRITTEN, Standing, receipts_of, standing
 
@@ -30,8 +30,11 @@ _NEVER = 1 << 64
 Replace = Callable[[Header, int, int], AbstractContextManager[tuple[Journal, Callable[[], None], Callable[[], bool]]]]
 """Makes an empty journal, a function that puts it in the place of the old one, and one that tells whether it is there.
 
-Takes the header, boot and mount, and a number of records to have space for. Raises `NoSpaceError` if there is no space
-for it, and leaves nothing behind unless the function was called."""
+Takes the header, boot and mount, and a number of records to have space for. Raises `JournalSpaceError` if it cannot be
+made, and leaves nothing behind unless the function was called."""
+
+
+_Swap = tuple[Journal, Journal, int, Callable[[], bool]]
 
 
 class Ledger:
@@ -66,6 +69,8 @@ class Ledger:
         self._replace = replace
         self._lasting = lasting
         self._known = np.empty(0, RECEIPT) if known is None else known
+        self._known_sequences = np.arange(len(self._known), dtype=np.uint64)
+        self._swap: _Swap | None = None
         # Reentrant only so that a signal handler that comes in between can be told: nothing here is reentrant.
         self._appending: Any = threading.RLock()  # held for an append, never for a system call that waits
         self._syncing: Any = threading.RLock()  # held for a sync of the journal
@@ -96,7 +101,8 @@ class Ledger:
         if self._appending._is_owned():
             self._reentered()
         with self._appending:
-            journal = self._journal
+            if (journal := self._journal) is None:
+                journal = self._settled()
             if journal is None or self._failure is not None or self._closed:
                 self._refuse()
             sequence = self._next
@@ -115,7 +121,7 @@ class Ledger:
         if self._appending._is_owned() or self._syncing._is_owned():
             self._reentered()
         with self._appending:
-            journal, revoked = self._journal, extent._sequence
+            journal, revoked = self._settled(), extent._sequence
             if journal is None or revoked is None or self._failure is not None or self._closed:
                 self._refuse()
             sequence = self._next
@@ -123,11 +129,13 @@ class Ledger:
             promised = revoked < self._promised
             try:
                 journal.append(REVOKED, sequence, extent._start, extent._stop)
-            finally:
+                extent._sequence = None
+                self._revoked_at = count = journal.count
+            except BaseException:  # Ctrl-C: the record may be there
                 if journal.ends_with(sequence):
                     extent._sequence = None
                     self._revoked_at = journal.count
-            count = journal.count
+                raise
         if promised:
             self._sync_journal(count)
         if count > _COMPACT_MIN + 2 * self._compacted and not self._in_flush:
@@ -136,20 +144,23 @@ class Ledger:
 
     # -- what makes it last ---------------------------------------------------------------------------
 
-    def flush(self, wanted: Sequence[WriteReceipt] | None) -> int:
-        """Make `wanted` durable, or all; return how many receipts became so. See `BlockStore.flush`."""
+    def flush(self, wanted: Sequence[WriteReceipt] | None, *, last: bool = False) -> int:
+        """Make `wanted` durable, or all; return how many receipts became so. See `BlockStore.flush`.
+
+        The `last` one of a store leaves its journal as long as it is.
+        """
         self.check_reentry()
         with self._flushing:
             self.check()
             self._in_flush = True
             try:
-                return self._flush(wanted)
+                return self._flush(wanted, last)
             finally:
                 self._in_flush = False
 
-    def _flush(self, wanted: Sequence[WriteReceipt] | None) -> int:
+    def _flush(self, wanted: Sequence[WriteReceipt] | None, last: bool) -> int:
         with self._appending:
-            journal = self._journal
+            journal = self._settled()
             if self._closed:
                 self._refuse()
             if journal is None:
@@ -170,7 +181,7 @@ class Ledger:
         news = journal.records(self._flushed)
         covered = news["sequence"][standing(news, journal.epoch).where] < below
         self._flushed = count + 1 if journal.count == count + 1 else count
-        if count > _COMPACT_MIN + 2 * self._compacted:
+        if count > _COMPACT_MIN + 2 * self._compacted and not last:
             self._compact()
         return int(np.count_nonzero(covered))
 
@@ -186,11 +197,13 @@ class Ledger:
         """Record nothing any more, remember what stands, and let go of the journal, when nobody waits for it."""
         with self._flushing, self._syncing, self._appending:
             self._closed = True
-            journal = self._journal
+            journal = self._settled()
             if journal is not None:
-                self._known = self.as_array()
-                self._journal = None
-                journal.close(trim=self._failure is None)
+                try:
+                    self._known, self._known_sequences = self.as_arrays()
+                finally:
+                    self._journal = None
+                    journal.close(trim=self._failure is None)
 
     def abandon(self) -> None:
         """In a forked child: let go of the journal, which is the parent's. No lock may be taken."""
@@ -200,17 +213,29 @@ class Ledger:
 
     # -- what it knows --------------------------------------------------------------------------------
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether there is no journal, and never was."""
+        return self._journal is None and self._swap is None and not self._closed
+
     def as_array(self) -> NDArray[np.void]:
         """Return the receipts that stand, in order of `start`. See `BlockStore.receipts`."""
-        journal = self._journal
+        return self.as_arrays()[0]
+
+    def as_arrays(self) -> tuple[NDArray[np.void], NDArray[np.uint64]]:
+        """Return the receipts that stand, and their sequence numbers."""
+        if (journal := self._journal) is None and self._swap is not None:
+            with self._appending:
+                journal = self._settled()
         if journal is None:
-            return self._known.copy()
+            return self._known.copy(), self._known_sequences
         below = self.durable_below
         records = journal.records()
         found = standing(records, journal.epoch)
         sequences = records["sequence"][found.where]
         stands = sequences < min(self.void_from, _NEVER - 1)
-        return receipts_of(records, Standing(found.where[stands], (sequences < below)[stands], 0))
+        sequences = sequences[stands]
+        return receipts_of(records, Standing(found.where[stands], sequences < below, 0)), sequences
 
     # -- steps ----------------------------------------------------------------------------------------
 
@@ -224,7 +249,8 @@ class Ledger:
         with self._syncing:
             if self._failure is not None:
                 self._refuse()
-            journal = self._journal
+            with self._appending:
+                journal = self._settled()
             if journal is None:
                 self._refuse()
             if self._synced < count:
@@ -237,7 +263,8 @@ class Ledger:
 
         Other threads go on until the new one is on the disk, but for what they add to the old one.
         """
-        old, below = self._journal, self.durable_below
+        with self._appending:
+            old, below = self._settled(), self.durable_below
         if old is None or self._failure is not None or self._closed:
             return
         count = old.count
@@ -258,33 +285,46 @@ class Ledger:
                     if old.count > count:
                         new.extend(old.records(count))
                         new.sync()
+                    new.keep()
+                    self._swap = (old, new, flushed, is_in_place)
+                    self._journal = None  # whatever is raised from here on, `_settled` finds out which one it is
                     try:
                         publish()
-                    finally:  # an error or Ctrl-C may come when the new one has the name already
-                        if is_in_place():
-                            new.keep()
-                            self._journal, self._flushed, self._synced = new, flushed, new.count
-                            self._revoked_at = 0
-                            old.close(trim=False)
+                    finally:
+                        self._settled()
             self._compacted = len(stands)
 
-        with contextlib.suppress(NoSpaceError):
+        with contextlib.suppress(JournalSpaceError):
             self._or_poison(swap)
+
+    def _settled(self) -> Journal | None:
+        """Return the journal; if one was being put in the place of the other, the one that is there. Under the lock."""
+        if self._swap is not None:
+            old, new, flushed, is_in_place = self._swap
+            count = new.count
+            if is_in_place():
+                self._flushed, self._synced, self._revoked_at = flushed, count, 0
+                self._journal, other = new, old
+            else:
+                self._journal, other = old, new
+            self._swap = None  # no call since it is known: Ctrl-C comes before all of it or behind
+            other.close(trim=False)
+        return self._journal
 
     def _or_poison(self, call: Callable[[], None]) -> None:
         """Call what syncs or writes the journal; an error of that is the last one."""
         try:
             call()
-        except NoSpaceError:
+        except JournalSpaceError:
             raise
         except OSError as error:
             with self._appending:
                 if self._failure is None:
                     self._failure = error
                     self.void_from = self.durable_below
-                    if self._journal is not None:
+                    if (journal := self._settled()) is not None:
                         with contextlib.suppress(OSError):
-                            self._journal.append_last(VOID, self._next, self.durable_below, self._next)
+                            journal.append_last(VOID, self._next, self.durable_below, self._next)
             raise PoisonedStoreError(
                 error.errno or errno.EIO, f"the sync failed ({error}): what was not durable may be lost"
             ) from error

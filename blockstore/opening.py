@@ -5,6 +5,7 @@ This module joins what `sidecar` finds and `resume` believes to the `BlockStore`
 
 import contextlib
 import copyreg
+import errno
 import operator
 import os
 import secrets
@@ -210,15 +211,24 @@ def open(
         checksum_function(checksum)
     if checksum is not None and not discard:
         raise ValueError("the checksum is what the store was created with: pass one to create, or with discard=True")
+    if discard and adopt:
+        raise ValueError("adopt=True keeps a journal, discard=True forgets it: pass one of them")
     writable = mode == "r+"
     target = _absolute(path)
-    file = _os.open_file(target, writable=writable)
     real = os.path.realpath(target)  # the journal is beside the file, not beside a link to it
     with contextlib.ExitStack() as undo:
+        file = _os.open_file(target, writable=writable)
         lock = _locked(file, target, undo) if writable else None
+        try:
+            found = None if discard else sidecar.find(real, file, writable=writable, adopt=adopt)
+        except JournalMismatchError:
+            if sidecar.is_file(real, _os.identity(file)):
+                raise
+            raise _replaced(target) from None
+        if found is None and not sidecar.is_file(real, _os.identity(file)):
+            raise _replaced(target)
         lasting = not writable or _say_limits(file, target, reserve=False)
         epoch = _epoch(file)
-        found = None if discard else sidecar.find(real, file, writable=writable, adopt=adopt)
         remembered = found.header if found else sidecar.new_header(file, "sequential", checksum)
         kind, checksum_kind = allocator or remembered.allocator, remembered.checksum
         try:
@@ -262,6 +272,10 @@ def _locked(file: _os.File, path: str, undo: contextlib.ExitStack) -> _disk.File
         raise StoreInUseError(f"cannot open {path!r} for writing: {who}; mode='r' reads it") from None
     undo.callback(lock.release)
     return lock
+
+
+def _replaced(path: str) -> OSError:
+    return OSError(errno.ESTALE, "the file was replaced by another one while it was being opened: open it again", path)
 
 
 def _epoch(file: _os.File) -> int:

@@ -5,6 +5,7 @@ durable first; otherwise it is dropped for good. After that every receipt is dur
 mean for the next session; nothing of ranges and allocators.
 """
 
+import errno
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from blockstore import _cache, _os, sidecar
 from blockstore.alignment import ALIGNMENT
-from blockstore.errors import JournalDamageWarning, JournalMismatchError, PoisonedStoreError
+from blockstore.errors import JournalDamageWarning, JournalMismatchError, JournalSpaceError, PoisonedStoreError
 from blockstore.journal import Content, Journal, read_records
 from blockstore.records import DURABLE, REVOKED, VOID, WRITTEN, Standing, holes, receipts_of, standing
 
@@ -50,6 +51,12 @@ def look(found: sidecar.Found, epoch: int) -> tuple[Content, Standing, NDArray[n
         raise JournalMismatchError(
             f"the journal {found.path!r} contradicts itself: its receipts overlap, or leave the file of "
             f"{found.header.nbytes} bytes; discard=True makes the whole file free"
+        )
+    if content.is_cut:
+        warnings.warn(
+            f"the journal {found.path!r} is cut off at its end: ranges that were written may be missing",
+            JournalDamageWarning,
+            stacklevel=4,
         )
     if lost := _lost(content, epoch):
         warnings.warn(
@@ -119,8 +126,10 @@ def settle(path: str, file: _os.File, found: sidecar.Found, epoch: int, *, lasti
             if lasting:
                 journal.append(DURABLE, below, low, below)
             _synced(journal.sync, journal, low, below)
-    except BaseException:
+    except BaseException as error:
         journal.close(trim=False)
+        if isinstance(error, JournalSpaceError) and error.errno != errno.ENOSPC:  # a folder that is not to be written
+            raise OSError(error.errno, error.strerror, error.filename) from error
         raise
     receipts["durable"] = lasting
     return Resumed(journal, receipts, below + 1)

@@ -9,15 +9,15 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from blockstore import _disk, _os
-from blockstore.errors import JournalMismatchError
+from blockstore.errors import JournalMismatchError, JournalSpaceError
 from blockstore.journal import (
     Header,
     Journal,
-    NoSpaceError,
     is_journal,
     open_journal,
     read_header,
@@ -113,6 +113,10 @@ def _match(name: str, file: _os.File, *, writable: bool, adopt: bool = False) ->
         opened = open_journal(name, writable=writable)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # so there can be none
+            return None
+        raise
     header = read_header(opened, name)
     _check_identity(header, file, name, adopt=adopt)
     return Found(opened, header, name)
@@ -133,22 +137,25 @@ def replacing(path: str, identity: tuple[int, ...], header: Header, epoch: int, 
     """Make a journal with space for `count` records, and a function that puts it in the place of what is there.
 
     `identity` is that of the file, which must still be at `path` then. Without the call nothing is left behind. Raises
-    `NoSpaceError`, with nothing changed, if it cannot be made.
+    `JournalSpaceError`, with nothing changed, if it cannot be made.
     """
     directory = os.path.dirname(path) or "."
     with contextlib.ExitStack() as stack:
         try:
             file, name = stack.enter_context(_os.nameless(directory))
+            _keep_access(file, path_of(path))
             journal = Journal.create(file, header, epoch, count)
         except OSError as error:
-            raise NoSpaceError(
+            raise JournalSpaceError(
                 error.errno, f"cannot write the journal anew: {error.strerror}", path_of(path)
             ) from error
 
         def publish() -> None:
             with _disk.folder_to_oneself(path):
                 if not is_file(path, identity):
-                    raise NoSpaceError(errno.ESTALE, "the file was renamed or replaced, so its journal stays", path)
+                    raise JournalSpaceError(
+                        errno.ESTALE, "the file was renamed or replaced, so its journal stays", path
+                    )
                 check_replaceable(path)
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(_fresh(path))
@@ -172,6 +179,15 @@ def is_file(path: str, identity: tuple[int, ...]) -> bool:
     except FileNotFoundError:
         return False
     return (status.st_dev, status.st_ino) == identity[:2]
+
+
+def _keep_access(file: _os.File, old: str) -> None:
+    """Give a new file the mode and, as far as that is allowed, the owner of the one that it will replace."""
+    if hasattr(os, "fchown"):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            status = os.lstat(old)
+            os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode))
+            os.fchown(file.fileno(), status.st_uid, status.st_gid)
 
 
 def check_replaceable(path: str) -> None:

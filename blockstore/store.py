@@ -40,6 +40,7 @@ from blockstore.errors import (
     ForeignRangeError,
     ForkedStoreError,
     LayoutError,
+    OutOfSpaceError,
     ReadOnlyStoreError,
     RevokedReceiptError,
 )
@@ -106,6 +107,8 @@ class BlockStore:
         self._escaped = options.escaped
         self._writer = options.writer
         self._take = self.allocator._take if mapped.writable else self._refuse_taking
+        if mapped.writable and ledger.is_blank:
+            self._take = self._take_nothing
         mapped.keep()
         live.add(self)
 
@@ -303,7 +306,8 @@ class BlockStore:
         Notes
         -----
         Reads as the system reads, which may have the bytes in memory still: what a disk really kept is seen after the
-        machine was started anew. A range that is rewritten meanwhile is not reported.
+        machine was started anew. A range that is rewritten meanwhile is not reported; with ``mode="r"``, one is that
+        its writer has rewritten since this store was opened.
 
         Examples
         --------
@@ -320,7 +324,7 @@ class BlockStore:
             self._refuse()
         if digest is None:
             raise ValueError(f"the receipts of {self.path!r} have no checksums: create it with checksum=")
-        receipts = self.receipts()
+        receipts, sequences = self._ledger.as_arrays()
         differs = np.zeros(len(receipts), np.bool_)
         for index, (start, nbytes, checksum) in enumerate(
             zip(*(receipts[name].tolist() for name in ("start", "nbytes", "checksum")), strict=True)
@@ -328,9 +332,7 @@ class BlockStore:
             differs[index] = digest(frozen[start : start + nbytes]) != checksum
             if progress is not None:
                 progress(nbytes)
-        found = receipts[differs]
-        names = ["start", "tag", "checksum"]
-        return found[np.isin(found[names], self.receipts()[names])] if len(found) else found
+        return receipts[differs & np.isin(sequences, self._ledger.as_arrays()[1])]
 
     def close(self) -> None:
         """Flush, and use the file no more. Arrays that are alive stay valid. Closing twice does nothing.
@@ -347,7 +349,7 @@ class BlockStore:
         self._ledger.check_reentry()
         try:
             if self.mode == "r+":
-                self.flush()
+                self._ledger.flush(None, last=True)
         finally:
             self._shut("closed")
 
@@ -417,13 +419,14 @@ class BlockStore:
     def _shut(self, why: str) -> None:
         self._down = why
         self._take = self._refuse_taking
-        shared, lock, self._lock = self._mapped.map, self._lock, None
+        shared, lock = self._mapped.map, self._lock
         try:
             self._ledger.close()
         finally:
             try:
                 self._mapped.drop()
             finally:
+                self._lock = None
                 if lock is not None:  # who is still inside a writer, or let a view escape, can still write the file
                     held = [held() for held in (*self._claims.values(), *self._escapes)]
                     lock.release([a for a in held if a is not None and getattr(a, "base", shared) is shared])
@@ -438,6 +441,11 @@ class BlockStore:
 
     def _refuse_taking(self, nbytes: int, partial: bool) -> tuple[int, int]:
         self._refuse_writing()
+
+    def _take_nothing(self, nbytes: int, partial: bool) -> tuple[int, int]:
+        """Hand out nothing of a file without a journal, and say why."""
+        hint = "; no journal says which bytes matter: open(..., discard=True) makes all of them free"
+        raise OutOfSpaceError(nbytes, 0, 0, hint)
 
 
 def _typed(

@@ -203,6 +203,10 @@ def is_damaged(facts: Sequence[Fact | None], epoch: int) -> bool:
     return len(barriers) > 1 and holes[0] < barriers[-2]
 
 
+_ZEROS = 4096 - 512
+"""Bytes that must follow the last record."""
+
+
 class Victim:
     """A store that has ended, whose journal of `COUNT` records is damaged, looked at, and restored."""
 
@@ -328,6 +332,7 @@ class Victim:
     ) -> bool:
         """Hold what `look` says against what the facts say; return whether it said anything."""
         count = self._count
+        cut = self._is_cut(facts)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -343,6 +348,7 @@ class Victim:
                 count.note(f"{what}: {error!r}")
                 return False
         due, damaged = self._expect(facts, epoch)
+        damaged |= cut
         if settled:
             due = [(*receipt[:4], self._lasting, receipt[5]) for receipt in due]
         count.believed += len(seen)
@@ -361,6 +367,11 @@ class Victim:
                 count.undocumented += 1
                 count.note(f"{what}: {warning.message!r}")
         return True
+
+    def _is_cut(self, facts: Sequence[Fact | None]) -> bool:
+        """Whether so many of the zeros are missing which a journal ends with that records may be, too."""
+        whole = max((place + 1 for place, fact in enumerate(facts) if fact is not None), default=0)
+        return self._journal.stat().st_size - _HEADER - whole * _LAYOUT.size < _ZEROS
 
     def _expect(self, facts: Sequence[Fact | None], epoch: int) -> tuple[list[Seen], bool]:
         """Return what is to be believed, and whether a warning is due; most often that is what it was before."""

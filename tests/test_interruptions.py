@@ -220,3 +220,43 @@ def test_a_program_that_is_being_started_keeps_no_lock(path: Path) -> None:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+# -- Ctrl-C at any moment of a rewrite ------------------------------------------------------------
+
+
+def test_an_interrupt_anywhere_in_a_revocation_leaves_range_and_journal_of_one_mind(path: Path) -> None:
+    """The interrupt comes where Python handles signals: as a function begins, and behind each call of C."""
+    for moment in range(100):
+        with bs.create(path, 1 << 16, overwrite=True) as store:
+            r = store.allocate(5, tag=1)
+            r.write(b"hello")
+            store.flush()
+            interrupted = interrupt_at(moment, lambda r=r, store=store: store._ledger.revoke(r))
+            assert (r.receipt is None) == (len(store.receipts()) == 0), f"at moment {moment}"
+            if not interrupted:
+                break
+    assert 5 < moment < 99
+
+
+def interrupt_at(moment: int, call: Callable[[], object]) -> bool:
+    """Call something, and raise KeyboardInterrupt at one of the moments in it; return whether it came."""
+    left = moment
+
+    def profile(frame: Any, event: str, argument: object) -> None:
+        nonlocal left
+        if event in ("call", "c_return"):
+            left -= 1
+            if left == -1:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(before)
+    return False
