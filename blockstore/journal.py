@@ -224,15 +224,19 @@ def space_for(count: int) -> int:
 
 
 def _reserve(file: _os.File, position: int, sizes: Sequence[int]) -> None:
-    """Reserve space for one of `sizes` bytes from `position`, the first that is to be had, and the spare space."""
-    for nbytes in sizes:
-        try:
-            return _os.reserve_space(file, position + nbytes + _SPARE_NBYTES)
-        except OSError as error:
-            failed = error
-    raise JournalSpaceError(
-        failed.errno, f"cannot reserve {nbytes} bytes for the journal: {failed.strerror}; nothing was recorded"
-    ) from None
+    """Reserve space for one of `sizes` bytes from `position`, the first that is to be had, and the spare space.
+
+    Keeps no error in a variable: the cycle would hold the frames of all callers, and the arrays that they know.
+    """
+    *generous, least = (position + nbytes + _SPARE_NBYTES for nbytes in sizes)
+    for nbytes in generous:
+        with contextlib.suppress(OSError):
+            return _os.reserve_space(file, nbytes)
+    try:
+        return _os.reserve_space(file, least)
+    except OSError as error:
+        text = f"cannot reserve {least} bytes for the journal: {error.strerror}; nothing was recorded"
+        raise JournalSpaceError(error.errno, text) from None
 
 
 def _closed(record: bytes) -> NoReturn:

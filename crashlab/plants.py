@@ -24,8 +24,8 @@ def _journal_before_data() -> None:
     flush = Ledger.flush
     syncs = _without_data_sync()
 
-    def flush_backwards(self: Ledger, wanted: Any) -> int:
-        count = flush(self, wanted)
+    def flush_backwards(self: Ledger, wanted: Any, **options: Any) -> int:
+        count = flush(self, wanted, **options)
         syncs[self]()
         return count
 
