@@ -100,6 +100,7 @@ def _store(folder: Path, count: int, kind: Allocator) -> Iterator[bs.BlockStore]
     with bs.create(path, (count + 1) * 4096, allocator=kind) as store:  # one more: taking the last is a slower step
         yield store
     path.unlink()
+    Path(f"{path}.journal").unlink()
 
 
 def _whole(store: bs.BlockStore, count: int) -> int:

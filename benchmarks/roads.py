@@ -68,6 +68,7 @@ class Road(ABC):
         os.truncate(self.path, 0)
         self.release()
         self.path.unlink()
+        Path(f"{self.path}.journal").unlink(missing_ok=True)
 
 
 class Store(Road):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from blockstore import _os
 from blockstore.errors import JournalMismatchError, JournalSpaceError, LayoutError, NotRegularFileError
-from blockstore.records import DURABLE, NBYTES, RECORD, Draft, own, valid
+from blockstore.records import BODY, CRC, DURABLE, MAGIC, NBYTES, RECORD, Draft, own, valid
 
 HEADER_NBYTES = 4096
 
@@ -96,7 +96,7 @@ class Journal:
         Records in it.
     """
 
-    __slots__ = ("_draft", "_file", "_map", "_write", "header")
+    __slots__ = ("_draft", "_file", "_head", "_map", "_write", "header")
 
     _map: mmap.mmap
     _write: Callable[[bytes], int]
@@ -105,6 +105,7 @@ class Journal:
         self._file: _os.File | None = file
         self.header = header
         self._draft = Draft(bytes.fromhex(header.uuid), epoch)
+        self._head = self._draft.head
         self._map_space(HEADER_NBYTES + count * NBYTES, 0)
 
     @classmethod
@@ -131,12 +132,12 @@ class Journal:
 
         Raises `JournalSpaceError`, with nothing added, if no space can be reserved.
         """
-        record = self._draft.pack(kind, sequence, start, stop, nbytes, tag, checksum)
+        body = BODY(MAGIC, kind, self._head, sequence, start, stop, nbytes, tag, checksum)  # as `Draft.pack` does
         try:
-            self._write(record)
+            self._write(body + CRC(crc32(body)))
         except ValueError:  # the map is full
             self._map_space(self._map.tell(), NBYTES, last_resort=kind == DURABLE)
-            self._write(record)
+            self._write(body + CRC(crc32(body)))
 
     def extend(self, records: NDArray[np.void]) -> None:
         """Add records as they are."""

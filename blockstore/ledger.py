@@ -11,6 +11,7 @@ This module knows extents, records and a callable that syncs the data; nothing o
 
 import contextlib
 import errno
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -103,7 +104,7 @@ class Ledger:
         with self._appending:
             if (journal := self._journal) is None:
                 journal = self._settled()
-            if journal is None or self._failure is not None or self._closed:
+            if journal is None or self._failure is not None:
                 self._refuse()
             sequence = self._next
             self._next = sequence + 1
@@ -147,7 +148,7 @@ class Ledger:
     def flush(self, wanted: Sequence[WriteReceipt] | None, *, last: bool = False) -> int:
         """Make `wanted` durable, or all; return how many receipts became so. See `BlockStore.flush`.
 
-        The `last` one of a store leaves its journal as long as it is.
+        The `last` one of a store counts nothing, and leaves the journal as long as it is.
         """
         self.check_reentry()
         with self._flushing:
@@ -178,10 +179,12 @@ class Ledger:
         self._say_durable(journal, below)
         self._sync_journal(journal.count)
         self.durable_below = below
+        if last:
+            return 0
         news = journal.records(self._flushed)
         covered = news["sequence"][standing(news, journal.epoch).where] < below
         self._flushed = count + 1 if journal.count == count + 1 else count
-        if count > _COMPACT_MIN + 2 * self._compacted and not last:
+        if count > _COMPACT_MIN + 2 * self._compacted:
             self._compact()
         return int(np.count_nonzero(covered))
 
@@ -200,7 +203,8 @@ class Ledger:
             journal = self._settled()
             if journal is not None:
                 try:
-                    self._known, self._known_sequences = self.as_arrays()
+                    if not sys.is_finalizing():  # NumPy may want to import something
+                        self._known, self._known_sequences = self.as_arrays()
                 finally:
                     self._journal = None
                     journal.close(trim=self._failure is None)

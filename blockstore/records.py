@@ -67,10 +67,11 @@ WRITTEN, DURABLE, REVOKED, VOID = 1, 2, 3, 4
 NBYTES = RECORD.itemsize
 """Bytes of a record."""
 
-_MAGIC = 0x01_6A_73_62  # "bsj", version 1
+MAGIC = 0x01_6A_73_62  # "bsj", version 1
 _HEAD = struct.Struct("<16sQ")
-_BODY = struct.Struct("<IB3x24s6Q4x").pack
-_CRC = struct.Struct("<I").pack
+# What `Draft.pack` is made of, for who packs one record after the other.
+BODY = struct.Struct("<IB3x24s6Q4x").pack
+CRC = struct.Struct("<I").pack
 
 
 class Draft:
@@ -85,8 +86,8 @@ class Draft:
 
     def pack(self, kind: int, sequence: int, start: int, stop: int, nbytes: int, tag: int, checksum: int) -> bytes:
         """Return the bytes of one record."""
-        body = _BODY(_MAGIC, kind, self.head, sequence, start, stop, nbytes, tag, checksum)
-        return body + _CRC(crc32(body))
+        body = BODY(MAGIC, kind, self.head, sequence, start, stop, nbytes, tag, checksum)
+        return body + CRC(crc32(body))
 
 
 _LOG_BLOCK = 12
@@ -115,7 +116,7 @@ def valid(records: NDArray[np.void]) -> NDArray[np.bool_]:
     CRC itself.
     """
     raw = np.ascontiguousarray(records).view(np.uint8).data
-    good: NDArray[np.bool_] = records["magic"] == _MAGIC
+    good: NDArray[np.bool_] = records["magic"] == MAGIC
     size = 1 << _LOG_BLOCK
     for first in range(0, len(records), size):
         _check(raw, good, first, min(size, len(records) - first))
@@ -168,19 +169,30 @@ def standing(records: NDArray[np.void], epoch: int) -> Standing:
     The last record of a range counts. A receipt that is not durable stands only in the boot and mount in which it
     was made, and nowhere once it is void. O(n log n) at worst, O(n) if ranges were written in order of `start`.
     """
-    kinds = records["kind"]
+    kinds = np.ascontiguousarray(records["kind"])
     index = np.flatnonzero((kinds == WRITTEN) | (kinds == REVOKED))
-    starts = records["start"][index]
+    starts = _pick(records["start"], index)
     if not np.all(starts[1:] > starts[:-1]):
         order = np.argsort(starts, kind="stable")
         starts = starts[order]
         index = index[order][np.append(starts[1:] != starts[:-1], True)]
-    index = index[kinds[index] == WRITTEN]
-    sequences = records["sequence"][index]
+    if np.any(kinds == REVOKED):
+        index = index[kinds[index] == WRITTEN]
+    sequences = _pick(records["sequence"], index)
     void = _within(sequences, records[kinds == VOID])
     durable = _within(sequences, records[kinds == DURABLE]) & ~void
-    stands = durable | ((records["epoch"][index] == epoch) & ~void)
+    stands = durable | ((_pick(records["epoch"], index) == epoch) & ~void)
+    if stands.all():
+        return Standing(index, durable, 0)
     return Standing(index[stands], durable[stands], int(np.count_nonzero(~stands)))
+
+
+def _pick(field: NDArray[Any], index: NDArray[np.intp]) -> NDArray[Any]:
+    """Return ``field[index]``, by a plain copy where `index` is simply all there is, in order."""
+    count = len(index)
+    if count and count <= len(field) and index[0] == 0 and index[-1] == count - 1 and np.all(index[1:] > index[:-1]):
+        return np.ascontiguousarray(field[:count])
+    return np.asarray(field[index])
 
 
 def _within(sequences: NDArray[np.uint64], spans: NDArray[np.void]) -> NDArray[np.bool_]:
@@ -198,7 +210,7 @@ def receipts_of(records: NDArray[np.void], which: Standing) -> NDArray[np.void]:
     """Return the receipts as users see them, in order of `start`."""
     receipts = np.empty(len(which.where), RECEIPT)
     for name in ("start", "stop", "nbytes", "tag", "checksum"):
-        receipts[name] = records[name][which.where]
+        receipts[name] = _pick(records[name], which.where)
     receipts["durable"] = which.durable
     return receipts
 

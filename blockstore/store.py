@@ -20,6 +20,7 @@ Examples
 
 import operator
 import secrets
+import sys
 import threading
 import warnings
 import weakref
@@ -370,7 +371,9 @@ class BlockStore:
                 self.close()
 
     def __repr__(self) -> str:
-        if self._down is None:
+        if sys.is_finalizing():  # NumPy may want to import something to count
+            state = self._down or f'open "{self.mode}"'
+        elif self._down is None:
             state = f'{self.free} free, {len(self.receipts())} receipts, open "{self.mode}"'
         else:  # an allocator that crossed a fork may be locked for good
             state = self._down
