@@ -172,9 +172,6 @@ class Journal:
         if (file := self._file) is not None:
             _os.sync(file, self._map)
 
-    def fileno(self) -> int:
-        return -1 if self._file is None else self._file.fileno()
-
     def keep(self) -> None:
         """Keep the file open until `close`, which the caller is sure to call."""
         if self._file is not None:

@@ -77,10 +77,9 @@ CRC = struct.Struct("<I").pack
 class Draft:
     """Packs the records of one store in one boot and mount."""
 
-    __slots__ = ("epoch", "head", "uuid")
+    __slots__ = ("epoch", "head")
 
     def __init__(self, uuid: bytes, epoch: int) -> None:
-        self.uuid = uuid
         self.epoch = epoch
         self.head = _HEAD.pack(uuid, epoch)
 

@@ -431,7 +431,7 @@ class BlockStore:
             finally:
                 self._lock = None
                 if lock is not None:  # who is still inside a writer, or let a view escape, can still write the file
-                    held = [held() for held in (*self._claims.values(), *self._escapes)]
+                    held = [held() for held in (*self._claims.copy().values(), *self._escapes)]
                     lock.release([a for a in held if a is not None and getattr(a, "base", shared) is shared])
 
     def _disown(self) -> None:

@@ -4,14 +4,15 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PORTABLE
+from support import PORTABLE, in_child
 
 import blockstore as bs
-from blockstore import _disk, _os
+from blockstore import _disk, _os, sidecar
 
 posix_only = pytest.mark.skipif(not hasattr(os, "fork"), reason="locks are those of POSIX")
 
@@ -226,6 +227,47 @@ def test_a_folder_that_somebody_keeps_keeps_nobody_for_ever(path: Path, monkeypa
         bs.create(path.with_name("new.bin"), 8192).close()
 
     bs.open(path.with_name("new.bin")).close()
+
+
+@posix_only
+def test_a_child_that_was_forked_meanwhile_keeps_no_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asking, answering = os.pipe()
+    reading, writing = os.pipe()
+
+    def wait() -> None:
+        os.write(answering, b"?")
+        os.read(reading, 1)
+
+    with ThreadPoolExecutor(1) as pool:
+        with _disk.folder_to_oneself(str(path)):
+            child = pool.submit(in_child, wait)
+            os.read(asking, 1)
+        monkeypatch.setattr(_disk, "_PATIENCE_SECONDS", 0.0)
+        with _disk.folder_to_oneself(str(path)):
+            folder = _os.File(os.open(path.parent, os.O_RDONLY))
+            taken = not _disk._try_folder(folder)
+        free = _disk._try_folder(folder)
+        os.write(writing, b"!")
+        child.result()
+
+    assert (taken, free) == (True, True)
+
+
+@posix_only
+def test_a_file_that_is_replaced_while_it_is_opened_is_said_to_be(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bs.create(path, 8192, overwrite=True).close()
+    find = sidecar.find
+
+    def replace_and_find(*args: Any, **how: Any) -> Any:
+        monkeypatch.setattr(sidecar, "find", find)
+        bs.create(path, 4096, overwrite=True).close()
+        return find(*args, **how)
+
+    monkeypatch.setattr(sidecar, "find", replace_and_find)
+
+    with pytest.raises(OSError, match="was replaced by another one while it was being opened"):
+        bs.open(path)
+    bs.open(path).close()
 
 
 @posix_only
