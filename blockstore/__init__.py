@@ -14,6 +14,9 @@ makes receipts durable.
 """
 
 from blockstore.allocators import ConcurrentAllocator, SequentialAllocator
+from blockstore.array import BlockArray
+from blockstore.blocks import Block
+from blockstore.creation import create_array, open_array
 from blockstore.errors import (
     AlreadyWrittenError,
     BlockStoreError,
@@ -22,8 +25,12 @@ from blockstore.errors import (
     EscapedViewError,
     EscapedViewWarning,
     FileSystemWarning,
+    FillError,
+    FingerprintError,
+    FingerprintWarning,
     ForeignRangeError,
     ForkedStoreError,
+    FormatError,
     JournalDamageWarning,
     JournalMismatchError,
     JournalSpaceError,
@@ -36,6 +43,7 @@ from blockstore.errors import (
     RangeStateError,
     ReadOnlyStoreError,
     RevokedReceiptError,
+    SelectionError,
     SpentRangeError,
     StaleReferenceError,
     StoreInUseError,
@@ -49,6 +57,8 @@ __all__ = [
     "ALIGNMENT",
     "AllocatedRange",
     "AlreadyWrittenError",
+    "Block",
+    "BlockArray",
     "BlockStore",
     "BlockStoreError",
     "ClosedStoreError",
@@ -57,8 +67,12 @@ __all__ = [
     "EscapedViewError",
     "EscapedViewWarning",
     "FileSystemWarning",
+    "FillError",
+    "FingerprintError",
+    "FingerprintWarning",
     "ForeignRangeError",
     "ForkedStoreError",
+    "FormatError",
     "JournalDamageWarning",
     "JournalMismatchError",
     "JournalSpaceError",
@@ -71,6 +85,7 @@ __all__ = [
     "RangeStateError",
     "ReadOnlyStoreError",
     "RevokedReceiptError",
+    "SelectionError",
     "SequentialAllocator",
     "SpentRangeError",
     "StaleReferenceError",
@@ -80,7 +95,9 @@ __all__ = [
     "align_down",
     "align_up",
     "create",
+    "create_array",
     "open",
+    "open_array",
 ]
 
 __version__ = "0.1.0"

@@ -16,6 +16,7 @@ import hashlib
 import os
 import struct
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -179,23 +180,33 @@ def folder_to_oneself(path: str) -> Iterator[None]:
     """Keep others out who are about to give or change names in the folder of `path`.
 
     Where the file system knows no locks, or somebody keeps this one for more than `_PATIENCE_SECONDS`, nobody is kept
-    out: creators are told apart by `link` all the same.
+    out: creators are told apart by `link` all the same. A thread may come here again while it is inside.
     """
     if sys.platform == "win32":
         yield
         return
     folder = _os.File(os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY))
     _folders[id(folder)] = folder
+    status = os.fstat(folder.fileno())
+    inside: set[tuple[int, int]] = _own_folders.__dict__.setdefault("inside", set())
+    if (which := (status.st_dev, status.st_ino)) in inside:
+        folder.close_now()
+        yield
+        return
     try:
         until = time.monotonic() + _PATIENCE_SECONDS
         while not _try_folder(folder) and time.monotonic() < until:
             time.sleep(0.002)
+        inside.add(which)
         yield
     finally:
+        inside.discard(which)
         folder.close_now()
 
 
 _PATIENCE_SECONDS = 10.0
+_own_folders = threading.local()
+"""Which folders each thread has to itself."""
 
 
 def _try_folder(folder: _os.File) -> bool:

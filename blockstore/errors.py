@@ -27,10 +27,15 @@ what was asked, what was there, and in which unit. Errors of the system itself (
     ├── JournalMismatchError     ValueError          the journal is another file's, or none
     ├── JournalSpaceError        OSError             the journal has no space for more
     ├── NotRegularFileError      OSError             a directory, FIFO or device
+    ├── FormatError              ValueError          no array, a damaged one, or one of a kind not supported
+    ├── FingerprintError         ValueError          the array was begun with other settings
+    ├── SelectionError           IndexError          an assignment that cuts blocks
+    ├── FillError                ExceptionGroup      blocks of a fill failed; all others are written
     └── PoisonedStoreError       OSError(EIO)        an earlier sync failed
 
     EscapedViewWarning(UserWarning)
     FileSystemWarning(UserWarning)
+    FingerprintWarning(UserWarning)
     JournalDamageWarning(UserWarning)
 
 Examples
@@ -45,6 +50,7 @@ cannot allocate 8192 bytes: 4096 bytes are free
 
 import errno
 import io
+from collections.abc import Sequence
 
 __all__ = [
     "AlreadyWrittenError",
@@ -54,8 +60,12 @@ __all__ = [
     "EscapedViewError",
     "EscapedViewWarning",
     "FileSystemWarning",
+    "FillError",
+    "FingerprintError",
+    "FingerprintWarning",
     "ForeignRangeError",
     "ForkedStoreError",
+    "FormatError",
     "JournalDamageWarning",
     "JournalMismatchError",
     "JournalSpaceError",
@@ -68,6 +78,7 @@ __all__ = [
     "RangeStateError",
     "ReadOnlyStoreError",
     "RevokedReceiptError",
+    "SelectionError",
     "SpentRangeError",
     "StaleReferenceError",
     "StoreInUseError",
@@ -228,6 +239,69 @@ class ReadOnlyStoreError(BlockStoreError, io.UnsupportedOperation):
 
 class NotRegularFileError(BlockStoreError, OSError):
     """The path names a directory, FIFO, socket or device."""
+
+
+class FormatError(BlockStoreError, ValueError):
+    """A file that is not the array it should be: damaged, cut off, or of a kind that is not supported."""
+
+
+class FingerprintError(BlockStoreError, ValueError):
+    """An unfinished array was begun with other settings than those that are to go on with it.
+
+    Attributes
+    ----------
+    expected, given : object
+        The fingerprint that the array was created with, and the other one, as JSON knows them; `expected` is None if
+        it was too large to be kept as more than a digest.
+    """
+
+    def __init__(self, message: str, expected: object, given: object) -> None:
+        super().__init__(message, expected, given)
+        self.expected = expected
+        self.given = given
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class FingerprintWarning(UserWarning):
+    """A fingerprint was given for an array that keeps none, as a finished one does."""
+
+
+class SelectionError(BlockStoreError, IndexError):
+    """An assignment to a part of an array that is not made of whole blocks; nothing was written."""
+
+
+class FillError(BlockStoreError, ExceptionGroup[Exception]):
+    """Some blocks of a fill failed. All others are written; filling again does only what is missing.
+
+    Attributes
+    ----------
+    indices : list of tuple of int
+        The blocks that failed, all of them.
+    exceptions : tuple of Exception
+        What was raised, in the same order, of the first ones. Each has a note that says for which block.
+    """
+
+    indices: "list[tuple[int, ...]]"
+
+    def __new__(
+        cls, message: str, exceptions: "Sequence[Exception]", indices: "Sequence[tuple[int, ...]]" = ()
+    ) -> "FillError":
+        error = super().__new__(cls, message, exceptions)
+        error.indices = list(indices)
+        return error
+
+    def __init__(
+        self, message: str, exceptions: "Sequence[Exception]", indices: "Sequence[tuple[int, ...]]" = ()
+    ) -> None:
+        super().__init__(message, exceptions)
+
+    def derive(self, excs: "Sequence[Exception]") -> "FillError":  # type: ignore[override]
+        return FillError(self.message, excs, self.indices)
+
+    def __reduce__(self) -> "tuple[type[FillError], tuple[str, Sequence[Exception], list[tuple[int, ...]]]]":
+        return type(self), (self.message, self.exceptions, self.indices)
 
 
 class PoisonedStoreError(BlockStoreError, OSError):

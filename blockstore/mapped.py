@@ -5,6 +5,7 @@ large views are lent and whose parts are cut off from the file one by one. This 
 from the start of the file; nothing of ranges or receipts.
 """
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from blockstore import _os
 from blockstore.errors import ClosedStoreError
+from blockstore.views import Shape
 
 COPY_MAX_NBYTES = 1 << 15
 """Bytes up to which a copy into a densely filled file goes through the map, whose huge pages are there already.
@@ -26,10 +28,11 @@ WINDOWS_MAX = 16_000
 65,530 mappings (``vm.max_map_count``). A store that is closed gives its windows back."""
 
 _HUGE = 1 << 21
+_PAGE = mmap.PAGESIZE
 _windows_left = [None] * WINDOWS_MAX  # only popped and appended to: atomic
 
 
-def _read_only(mapped: Any) -> NDArray[np.uint8]:
+def read_only(mapped: Any) -> NDArray[np.uint8]:
     """Return the bytes of a map as an array that no `setflags` makes writable."""
     return np.asarray(memoryview(mapped).toreadonly())
 
@@ -77,7 +80,7 @@ class MappedFile:
         self.copy_max = COPY_MAX_NBYTES if dense and not sealing else 0
         self.map: _os.Map | None = _os.map_file(file, writable=writable)
         self.nbytes = self.map.nbytes
-        self.frozen: NDArray[np.uint8] | None = _read_only(self.map)
+        self.frozen: NDArray[np.uint8] | None = read_only(self.map)
         self.windows: _os.Map | None = None
         if sealing and writable and not _os.PORTABLE:
             self.windows = _os.map_file(file, writable=True)
@@ -90,18 +93,25 @@ class MappedFile:
         if self._file is not None:
             self._file.keep()
 
-    def put(self, data: NDArray[Any], start: int) -> bool:
-        """Copy an array into the file from `start`; return False, with nothing copied, if it was dropped."""
+    def put(self, data: NDArray[Any], start: int, strides: Shape | None = None) -> bool:
+        """Copy an array into the file from `start`; return False, with nothing copied, if it was dropped.
+
+        `strides` are those that the array has in the file, in bytes; None if it is C-ordered there.
+        """
         file, shared = self._file, self.map
         if file is None or shared is None:
             return False
-        if data.nbytes <= self.copy_max or not _os.write_at(file, data, start):
-            np.copyto(np.ndarray(data.shape, data.dtype, shared, start), data)
+        if strides or data.nbytes <= self.copy_max or not _os.write_at(file, data, start):
+            np.copyto(np.ndarray(data.shape, data.dtype, shared, start, strides), data)
         return True
 
-    def get(self, data: NDArray[Any], start: int) -> None:
-        """Fill a C-ordered array with the bytes from `start`, the padding of records included."""
-        if (frozen := self.frozen) is not None:
+    def get(self, data: NDArray[Any], start: int, strides: Shape | None = None) -> None:
+        """Fill a C-ordered array with the bytes from `start`, the padding of records included. See `put`."""
+        if (frozen := self.frozen) is None:
+            return
+        if strides:
+            np.copyto(data, np.ndarray(data.shape, data.dtype, frozen, start, strides))
+        else:
             data.reshape(-1).view(np.uint8)[:] = frozen[start : start + data.nbytes]
 
     def prepare_view(self, start: int, stop: int) -> bool:
@@ -114,7 +124,7 @@ class MappedFile:
     def take_window(self, start: int, stop: int) -> bool:
         """Whether ``[start, stop)`` may be lent from `windows`, to be sealed later."""
         windows = self.windows
-        if windows is None or stop - start < VIEW_MIN_NBYTES:
+        if windows is None or stop - start < VIEW_MIN_NBYTES or start % _PAGE or (stop % _PAGE and stop != self.nbytes):
             return False
         try:
             self._taken.append(_windows_left.pop())
@@ -133,6 +143,19 @@ class MappedFile:
         file, windows = self._file, self.windows
         if file is not None and windows is not None:
             _os.seal(file, windows, start, stop)
+
+    @property
+    def file(self) -> _os.File:
+        """The open file. Raises `ClosedStoreError` once dropped."""
+        if (file := self._file) is None:
+            raise ClosedStoreError("the store is closed")
+        return file
+
+    def cut_off(self) -> None:
+        """See to it that nothing reaches the file through a map any more; what is lent stays readable."""
+        if (file := self._file) is not None and not _os.PORTABLE:
+            for mapped in self._maps():
+                _os.seal(file, mapped, 0, self.nbytes)
 
     def sync(self) -> None:
         """Return when the disk has every byte."""
@@ -163,9 +186,8 @@ class MappedFile:
 
     def disown(self) -> None:
         """In a forked child: cut every map off from the file, which is the parent's, and let go."""
-        if self._file is not None and self.writable and not _os.PORTABLE:
-            for mapped in self._maps():
-                _os.seal(self._file, mapped, 0, self.nbytes)
+        if self.writable:
+            self.cut_off()
         if self._file is not None:
             self._file.close_now()
         self._file = self.map = self.windows = self.frozen = None

@@ -10,15 +10,19 @@ import operator
 import os
 import secrets
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blockstore import _disk, _os, live, sidecar
+from blockstore.allocators import Allocator, SequentialAllocator
 from blockstore.checksums import ChecksumKind, checksum_function
 from blockstore.errors import FileSystemWarning, JournalMismatchError, StaleReferenceError, StoreInUseError
+from blockstore.journal import Journal
 from blockstore.ledger import Ledger
 from blockstore.options import Access, AllocatorKind, Escaped, Guard, Options, allocator_class, choice
 from blockstore.records import RECEIPT, holes
@@ -110,21 +114,44 @@ def create(
     True
     """
     options = Options(access, guard, escaped)
-    allocator_type = allocator_class(allocator)
+    allocator_class(allocator)
+    target = absolute(path)
+    return make(target, nbytes, options, allocator, checksum, overwrite=overwrite, reserve=reserve)
+
+
+def make(
+    target: str,
+    nbytes: int,
+    options: Options,
+    kind: str,
+    checksum: str | None,
+    *,
+    overwrite: bool,
+    reserve: bool,
+    begin: Callable[[_os.File, Journal], None] | None = None,
+    sequence: int = 0,
+) -> BlockStore:
+    """Create a file, its journal and its store. See `create`.
+
+    `kind` is an allocator's, or `BLOCKS`: then nothing is handed out. `begin` may write to both before they have names,
+    durably, and then the next `sequence` number is above all that it has used.
+    """
     digest = None if checksum is None else checksum_function(checksum)
-    target = _absolute(path)
     with contextlib.ExitStack() as undo:
         with (
             contextlib.ExitStack() as last,  # what gives the journal its name, once the file has its own
             _os.new_file(target, operator.index(nbytes), overwrite=overwrite, reserve=reserve) as file,
         ):
-            lasting = _say_limits(file, target, reserve=reserve)
-            mapped = options.map(file, writable=True, zeroed=True, advice="dense" if reserve else None)
+            lasting = say_limits(file, target, reserve=reserve)
+            mapped = options.map(file, writable=True, zeroed=begin is None, advice="dense" if reserve else None)
             lock = _locked(file, target, undo)
-            header, epoch = sidecar.new_header(file, allocator, checksum), _epoch(file)
+            header, epoch = sidecar.new_header(file, kind, checksum), _epoch(file)
             journal = last.enter_context(sidecar.created(target, file, header, epoch, overwrite=overwrite))
-        ledger = Ledger(journal, mapped.sync, partial(sidecar.replacing, target, mapped.identity), lasting=lasting)
-        store = BlockStore(target, mapped, options, allocator_type(mapped.nbytes), ledger, digest, lock)
+            if begin is not None:
+                begin(file, journal)
+        replace = partial(sidecar.replacing, target, mapped.identity)
+        ledger = Ledger(journal, mapped.sync, replace, sequence=sequence, lasting=lasting)
+        store = BlockStore(target, mapped, options, _allocator(kind, mapped.nbytes), ledger, digest, lock)
         undo.pop_all()
         return store
 
@@ -213,8 +240,25 @@ def open(
         raise ValueError("the checksum is what the store was created with: pass one to create, or with discard=True")
     if discard and adopt:
         raise ValueError("adopt=True keeps a journal, discard=True forgets it: pass one of them")
+    target = absolute(path)
+    return reopen(
+        target, options, mode, allocator=allocator, discard=discard, adopt=adopt, checksum=checksum, blocks=False
+    )
+
+
+def reopen(
+    target: str,
+    options: Options,
+    mode: str,
+    *,
+    allocator: AllocatorKind | None = None,
+    discard: bool = False,
+    adopt: bool = False,
+    checksum: ChecksumKind | None = None,
+    blocks: bool,
+) -> BlockStore:
+    """Open a file as a store. See `open`. With `blocks` it is one of an array, whose journal says so."""
     writable = mode == "r+"
-    target = _absolute(path)
     real = os.path.realpath(target)  # the journal is beside the file, not beside a link to it
     with contextlib.ExitStack() as undo:
         file = _os.open_file(target, writable=writable)
@@ -227,12 +271,15 @@ def open(
             raise _replaced(target) from None
         if found is None and not sidecar.is_file(real, _os.identity(file)):
             raise _replaced(target)
-        lasting = not writable or _say_limits(file, target, reserve=False)
+        lasting = not writable or say_limits(file, target, reserve=False)
         epoch = _epoch(file)
         remembered = found.header if found else sidecar.new_header(file, "sequential", checksum)
         kind, checksum_kind = allocator or remembered.allocator, remembered.checksum
+        if found is not None and blocks != (found.header.allocator == sidecar.BLOCKS):
+            which = "no array's" if blocks else "an unfinished array's: open_array goes on with it"
+            raise JournalMismatchError(f"the journal of {target!r} is {which}")
         try:
-            space = allocator_class(kind)
+            _allocator(kind, 1)
             digest = None if checksum_kind is None else checksum_function(checksum_kind)
         except ValueError as error:
             raise JournalMismatchError(f"the journal of {target!r} is of another version: {error}") from None
@@ -250,10 +297,17 @@ def open(
         replace = partial(sidecar.replacing, real, mapped.identity)
         ledger = Ledger(journal, mapped.sync, replace, sequence=sequence, lasting=lasting, known=receipts)
         free = holes(receipts, mapped.nbytes)[slice(0 if journal is None else None)]
-        handout = space(mapped.nbytes, holes=np.stack((free["start"], free["stop"]), axis=1))
+        handout = _allocator(kind, mapped.nbytes, np.stack((free["start"], free["stop"]), axis=1))
         store = BlockStore(target, mapped, options, handout, ledger, digest, lock)
         undo.pop_all()
         return store
+
+
+def _allocator(kind: str, nbytes: int, holes: NDArray[np.uint64] | None = None) -> Allocator:
+    """Return what hands out the holes of a file, or all of it; nothing of a file of an array."""
+    if kind == sidecar.BLOCKS:
+        return SequentialAllocator(nbytes, holes=())
+    return allocator_class(kind)(nbytes, holes=holes)
 
 
 def _locked(file: _os.File, path: str, undo: contextlib.ExitStack) -> _disk.FileLock:
@@ -283,7 +337,7 @@ def _epoch(file: _os.File) -> int:
     return _disk.epoch(file) or secrets.randbits(64) | 1
 
 
-def _say_limits(file: _os.File, path: str, *, reserve: bool) -> bool:
+def say_limits(file: _os.File, path: str, *, reserve: bool) -> bool:
     """Warn of what the file system cannot promise; return whether a sync means anything there."""
     kind = _disk.filesystem(file)
     if kind in _disk.FORGETFUL:
@@ -292,11 +346,12 @@ def _say_limits(file: _os.File, path: str, *, reserve: bool) -> bool:
         text = "copies on write, so that reserved space protects nothing: a full disk can be a SIGBUS while filling"
     else:
         return True
-    warnings.warn(f"{path!r} is on {kind}, which {text}", FileSystemWarning, stacklevel=3)
+    warnings.warn(f"{path!r} is on {kind}, which {text}", FileSystemWarning, stacklevel=4)
     return kind not in _disk.FORGETFUL
 
 
-def _absolute(path: StrPath) -> str:
+def absolute(path: StrPath) -> str:
+    """Return a path as text, from the root."""
     return str(Path(os.fsdecode(path)).absolute())
 
 

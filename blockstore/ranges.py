@@ -30,7 +30,7 @@ from blockstore.errors import (
 from blockstore.ledger import Ledger
 from blockstore.mapped import MappedFile
 from blockstore.receipts import Extent, WriteReceipt, receipt_of
-from blockstore.views import BYTE, Layout, Loan, check_layout
+from blockstore.views import BYTE, Layout, Loan, check_layout, layout_nbytes
 
 __all__ = ["ALIGNMENT", "AllocatedRange", "Owner", "WriteReceipt", "align_down", "align_up", "allocated"]
 
@@ -175,7 +175,8 @@ class AllocatedRange(Extent):
         self._claim(ref(alive), rewrite)
         try:
             self._touched = True
-            if not self._owner._mapped.put(array, self._start) or self._owner._down is not None:
+            strides = (self._layout or ())[2:]
+            if not self._owner._mapped.put(array, self._start, *strides) or self._owner._down is not None:
                 self._owner._refuse()
             self._shown = self._layout
             return receipt_of(self, self._owner._ledger.record(self, self._checksum()))
@@ -209,8 +210,8 @@ class AllocatedRange(Extent):
             raise NotWrittenError(f"cannot read {self._where()}: {why}")
         if self._sequence is not None and self._sequence >= owner._ledger.void_from:
             raise NotWrittenError(f"cannot read {self._where()}: its receipt is void, since a sync failed")
-        shape, dtype = self._shown or ((self._nbytes,), BYTE)
-        return np.ndarray(shape, dtype, frozen, self._start)
+        shown = self._shown or ((self._nbytes,), BYTE)
+        return np.ndarray(shown[0], shown[1], frozen, self._start, *shown[2:])
 
     def split_up(self, offset: int) -> "tuple[AllocatedRange | None, AllocatedRange | None]":
         """Split at ``align_up(start + offset)``; this range is spent.
@@ -396,6 +397,9 @@ def _as_array(data: Any, layout: Layout | None, nbytes: int) -> NDArray[Any]:
             array = np.frombuffer(data, BYTE)
         except (TypeError, ValueError, BufferError) as error:
             raise TypeError(f"write() takes a contiguous bytes-like object or an array: {error}") from None
+    strided = layout is not None and len(layout) == 3
+    if layout is not None and strided:  # the bytes between its rows are not the array's
+        nbytes = layout_nbytes(layout)
     if array.nbytes != nbytes:
         raise LengthError(nbytes, array.nbytes)
-    return array
+    return array if layout is None or not strided else array.view(layout[1]).reshape(layout[0])

@@ -93,7 +93,7 @@ class RawStore:
         It stays valid after the store is closed, and unlike a writer's array it is never made read-only.
         """
         source = self._owner._buffer(writable=False)
-        axes, items = check_layout(shape, dtype)
+        axes, items = check_layout(shape, dtype)[:2]
         where = self._slice(offset, layout_nbytes((axes, items)), source.nbytes)
         return np.ndarray(axes, items, source, where.start)
 

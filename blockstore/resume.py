@@ -46,7 +46,7 @@ def look(found: sidecar.Found, epoch: int) -> tuple[Content, Standing, NDArray[n
         and np.all(stops[:-1] <= starts[1:])
         and np.all(stops <= found.header.nbytes)
         and np.all(receipts["nbytes"] <= stops - starts)
-        and not np.any(starts % np.uint64(ALIGNMENT))
+        and (found.header.allocator == sidecar.BLOCKS or not np.any(starts % np.uint64(ALIGNMENT)))
     ):
         raise JournalMismatchError(
             f"the journal {found.path!r} contradicts itself: its receipts overlap, or leave the file of "

@@ -24,6 +24,9 @@ from blockstore.journal import (
     space_for,
 )
 
+BLOCKS = "blocks"
+"""What a header says in place of an allocator if the file is one of an array, whose blocks lie where the grid says."""
+
 _FOREIGN = "the journal would be here, but this is something else: move it away"
 _USUAL_NBYTES, _MANY = 1 << 16, 1 << 16
 """Bytes of a range for which a new journal has space, and for how many at most; it grows when there is no more."""

@@ -44,7 +44,8 @@ from blockstore.errors import DtypeError, LayoutError
 BYTE = np.dtype(np.uint8)
 
 Shape = tuple[int, ...]
-Layout = tuple[Shape, np.dtype[Any]]
+Layout = tuple[Shape, np.dtype[Any]] | tuple[Shape, np.dtype[Any], Shape]
+"""Shape, dtype and, of what is not C-ordered, strides in bytes."""
 
 _MAX_NBYTES = (1 << 63) - 1
 _MAX_NDIM = 64  # NPY_MAXDIMS of NumPy 2

@@ -49,7 +49,7 @@ class Writer(Loan):
         if (layout := self._layout) is None:
             root = np.ndarray(r._nbytes, BYTE, shared, r._start)
         else:
-            root = np.ndarray(layout[0], layout[1], shared, r._start)
+            root = np.ndarray(layout[0], layout[1], shared, r._start, *layout[2:])
         r._claim(ref(root), self._rewrite)
         return self.lend(root)
 
@@ -125,10 +125,11 @@ class DetachedWriter(Writer):
     def __enter__(self) -> NDArray[Any]:
         r = self._range
         mapped = r._owner._mapped
-        shape, dtype = self._layout or ((r._nbytes,), BYTE)
+        layout = self._layout or ((r._nbytes,), BYTE)
+        shape, dtype, strides = layout[0], layout[1], layout[2:]
         window = not r._touched and mapped.take_window(r._start, r._stop)
         if window:
-            root = np.ndarray(shape, dtype, mapped.windows, r._start)
+            root = np.ndarray(shape, dtype, mapped.windows, r._start, *strides)
         elif not r._touched and mapped.zeroed:
             root = np.zeros(shape, dtype)
         else:
@@ -139,7 +140,7 @@ class DetachedWriter(Writer):
             r._owner._claims[r._start] = ref(private)
             window, root = False, private
         if not window and (r._touched or not mapped.zeroed):
-            mapped.get(root, r._start)
+            mapped.get(root, r._start, *strides)
         r._touched = True
         self._window = window
         return self.lend(root)
@@ -158,7 +159,7 @@ class DetachedWriter(Writer):
                 if self._window:
                     mapped.seal(r._start, r._stop)
                 elif kind is None and r._owner._down is None:
-                    mapped.put(self._root, r._start)
+                    mapped.put(self._root, r._start, *(self._layout or ())[2:])
             except BaseException:
                 self._keep_escaped()
                 raise

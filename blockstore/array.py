@@ -1,0 +1,655 @@
+"""BlockArray: an array whose chunk grid is laid over the files that its shards are, filled block by block.
+
+Reading is NumPy's basic indexing; writing is by whole blocks. This module joins `indexing` (which blocks), `shard`
+(where their bytes are) and `fill` (who fills them). How an array comes to be is in `creation`.
+
+Examples
+--------
+>>> import numpy as np
+>>> import blockstore as bs
+>>> x = bs.create_array(tmp_path / "x.npy", shape=(1000, 300), dtype="f8", chunks=(256, 300))
+>>> for b in x.pending():
+...     with b.writer() as a:
+...         a[:] = b.index[0]
+>>> x
+<BlockArray 'x.npy': (1000, 300) float64, 4 blocks of (256, 300), 4 written, 0 durable, open "r+">
+>>> x.close()
+>>> np.load(tmp_path / "x.npy")[[0, 300, 999], 5]
+array([0., 1., 3.])
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from html import escape
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from blockstore import fill, picture
+from blockstore._disk import FileLock
+from blockstore.blocks import Block, BlockGrid
+from blockstore.draft import draft_of
+from blockstore.errors import NotWrittenError
+from blockstore.indexing import Selection, aligned, block_range, overlap, parse
+from blockstore.layouts.grid import Grid, Index
+from blockstore.shard import Plan, Shard
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+
+class BlockArray:
+    """An array that many threads fill block by block. Made by `create_array` and `open_array`; safe to share.
+
+    A context manager: leaving it closes, which publishes what is written; leaving it by an exception flushes and keeps
+    everything to go on with `open_array`, and publishes nothing.
+
+    Attributes
+    ----------
+    path : str
+        Absolute path.
+    shape, chunks, shards : tuple of int
+        Elements along each axis: of the array, of a block, of a file.
+    dtype : dtype
+    ndim, size, nbytes : int
+        Axes, elements, and bytes of these.
+    fill_value : scalar of `dtype`
+        What is read where nothing is written.
+    attributes : dict
+        A copy of the user's own, as Zarr's; empty for ``.npy``.
+    dimension_names : tuple of (str or None), or None
+    blocks : BlockGrid
+        ``x.blocks[3, 0]`` is a `Block`.
+    mode : {"r", "r+"}
+    closed : bool
+    """
+
+    def __init__(self, plan: Plan, lock: FileLock | None, start_draft: Callable[[], FileLock]) -> None:
+        self.grid: Grid = plan.grid
+        self._plan = plan
+        self._lock = lock  # of the draft
+        self._start_draft = start_draft
+        self._shards: dict[Index, Shard] = {}
+        self._guard = threading.Lock()
+
+    # -- what it is -----------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> str:
+        """Absolute path."""
+        return self._plan.path
+
+    @property
+    def shape(self) -> Index:
+        """Elements along each axis."""
+        return self.grid.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype, in the byte order of the file."""
+        return self.grid.dtype
+
+    @property
+    def ndim(self) -> int:
+        """How many axes it has, at least 1."""
+        return len(self.grid.shape)
+
+    @property
+    def size(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.grid.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.grid.nbytes
+
+    @property
+    def chunks(self) -> Index:
+        """Elements of a block along each axis; blocks at the edge have fewer."""
+        return self.grid.chunks
+
+    @property
+    def shards(self) -> Index:
+        """Elements of a file along each axis."""
+        return self.grid.shards
+
+    @property
+    def fill_value(self) -> np.generic:
+        """What is read where nothing is written."""
+        return self._plan.fill_value
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """A copy of the user's own, as Zarr's."""
+        metadata = self._plan.metadata
+        return {} if metadata is None else dict(metadata.attributes)
+
+    @property
+    def dimension_names(self) -> tuple[str | None, ...] | None:
+        """The names of the axes, if they have any."""
+        metadata = self._plan.metadata
+        return None if metadata is None else metadata.dimension_names
+
+    @property
+    def blocks(self) -> BlockGrid:
+        """The grid of blocks: ``x.blocks[3, 0]`` is a `Block`; iterates in C order."""
+        return BlockGrid(self)
+
+    @property
+    def mode(self) -> str:
+        """``"r+"`` or ``"r"``."""
+        return self._plan.mode
+
+    @property
+    def closed(self) -> bool:
+        """Whether the array may not be used any more."""
+        return self._plan.is_closed
+
+    @property
+    def written(self) -> NDArray[np.bool_]:
+        """Which blocks are written: an array of bool over the grid of blocks. A copy. O(blocks)."""
+        return self._over_blocks(Shard.written)
+
+    # -- filling --------------------------------------------------------------------------------------
+
+    def pending(self) -> Iterator[Block]:
+        """Iterate over the blocks that are not written, in C order within each file, and the files in C order.
+
+        A report of when each file is come to: what others write meanwhile may be among them.
+        """
+        return (Block(self, index) for index in self._pending_indices())
+
+    def fill(
+        self,
+        func: Callable[[NDArray[Any], Block], object],
+        *,
+        workers: int | None = None,
+        executor: "Executor | None" = None,
+        progress: bool | Callable[[int], object] = False,
+        flush_every: float | None = 30.0,
+    ) -> int:
+        """Call ``func(a, block)`` for each block that is not written, in many threads, to fill the array `a`.
+
+        Parameters
+        ----------
+        func : callable
+            Called with a writable ndarray of the block's shape and dtype, which holds the fill value, and the `Block`.
+            What it returns is ignored. It should release the GIL, as NumPy does.
+        workers : int, optional
+            Threads. Default: as many as there are processors for this process.
+        executor : concurrent.futures.Executor, optional
+            Where to run instead; it is not shut down. `workers` then says how many tasks it is given at a time.
+        progress : bool or callable
+            True shows a bar with bytes per second and time left, by tqdm: ``pip install 'ndblockstore[progress]'``. A
+            callable is called with the bytes of what has been filled since the last call.
+        flush_every : float, optional
+            Seconds after which what is written is made durable, beside the filling. None: not before the end.
+
+        Returns
+        -------
+        int
+            Blocks that this call has filled. At the end all that is written is durable.
+
+        Raises
+        ------
+        FillError
+            If calls have failed: an `ExceptionGroup` of what they raised. All other blocks are written, and calling
+            again does only what is missing.
+        PoisonedStoreError, OSError
+            If a flush failed, or the file of a shard could not be made; the fill ends there.
+        KeyboardInterrupt
+            At once, after Ctrl-C. Calls that are running end by themselves, and no other begins.
+
+        Notes
+        -----
+        A few microseconds for each block beside the call. Each file of an array of several is published as soon as it
+        is complete.
+        """
+        self._plan.refuse_writing()
+        written = self.written
+        last = time.monotonic()
+
+        def idle() -> None:
+            nonlocal last
+            self._publish_completed()
+            if flush_every is not None and time.monotonic() - last >= flush_every:
+                self.flush()
+                last = time.monotonic()
+
+        try:
+            return fill.run(
+                (index for index in self._pending_indices() if not written[index]),
+                int(np.count_nonzero(~written)),
+                partial(_fill_block, self, func),
+                workers=workers,
+                executor=executor,
+                progress=progress,
+                total_nbytes=self.nbytes,
+                done_nbytes=_nbytes_of(self.grid, written),
+                block_nbytes=self.grid.block_nbytes,
+                idle=idle,
+                where=self._plan.name,
+            )
+        finally:
+            if not isinstance(sys.exception(), KeyboardInterrupt | SystemExit | GeneratorExit):
+                self.flush()
+
+    def flush(self) -> int:
+        """Make what is written durable; of an array of several files, publish those that are complete.
+
+        Returns
+        -------
+        int
+            How many blocks this call has made durable.
+
+        Raises
+        ------
+        PoisonedStoreError
+            If a sync failed, now or before: open the array anew to go on.
+
+        Notes
+        -----
+        Two syncs for each file that has something new, whatever the number of blocks; others go on meanwhile.
+        """
+        self._plan.refuse_writing()
+        count = sum(shard.flush() for shard in self._known())
+        self._publish_completed()
+        return count
+
+    def publish(self, *, partial: bool = False) -> None:
+        """Bring what is written under the final name, in one step for each file, and go on.
+
+        Parameters
+        ----------
+        partial : bool
+            Of an incomplete ``.npy``, put a copy under the final name, with zeros where nothing is written. A reader
+            cannot tell. Zarr says itself what is not written, so parts of it are published in any case.
+
+        Raises
+        ------
+        NotWrittenError
+            If an ``.npy`` is incomplete, and `partial` was not asked for.
+        FileExistsError
+            If something else came to be where an ``.npy`` is to go.
+        WriterBusyError
+            If somebody is writing.
+        PoisonedStoreError, OSError
+            If the disk fails. Nothing that is durable is lost: open the array anew to go on.
+
+        Notes
+        -----
+        A published file never changes. To write a part of it again, or what is missing of it, a working copy of that
+        file is made first, which takes the time and space of what is written of it.
+        """
+        self._plan.refuse_writing()
+        if self._plan.metadata is None:
+            shard = self._shard((0,) * self.ndim)
+            if not shard.is_complete:
+                if not partial:
+                    left = int(np.count_nonzero(~shard.written()))
+                    raise NotWrittenError(
+                        f"cannot publish {self._plan.name!r}: {left} of {shard.layout.count} blocks are not written, "
+                        "and an .npy file cannot say so; publish(partial=True) puts zeros there"
+                    )
+                shard.snapshot()
+                return
+        for shard in self._known():
+            shard.publish()
+        self._end_draft()
+
+    def verify(self, *, progress: Callable[[int], object] | None = None) -> NDArray[np.intp]:
+        """Read back what is written, and compare the checksums.
+
+        Returns
+        -------
+        ndarray of int, shape (n, ndim)
+            Indices of the blocks whose bytes differ from what was written; empty if all is well.
+
+        Raises
+        ------
+        ValueError
+            If there are no checksums: the array was created without ``checksum=``, or published without
+            ``keep_journal=True``.
+        """
+        self._plan.refuse_closed()
+        wrong = [shard.block_index(n) for shard in self._all() for n in shard.verify(progress)]
+        return np.array(wrong, np.intp).reshape(len(wrong), self.ndim)
+
+    def close(self) -> None:
+        """Flush, publish what is written, and use the files no more. Closing twice does nothing.
+
+        An ``.npy`` that is not complete stays hidden, to go on with `open_array`. Arrays that were read stay valid.
+        Writers that are still inside get `ClosedStoreError` instead of a receipt, and their block stays pending.
+
+        Raises
+        ------
+        PoisonedStoreError, OSError
+            If the disk failed, or if something else came to be where an ``.npy`` is to go; the array is closed all the
+            same, and nothing that was durable is lost.
+        """
+        self._close(publish=True)
+
+    def _close(self, *, publish: bool) -> None:
+        if self._plan.is_closed:
+            return
+        try:
+            with contextlib.ExitStack() as stack:
+                for shard in self._known():
+                    stack.callback(shard.close)
+                if publish and self._plan.mode == "r+":
+                    self._publish_at_end()
+        finally:
+            self._plan.is_closed = True
+            lock, self._lock = self._lock, None
+            if lock is not None:
+                lock.release()
+
+    def _publish_at_end(self) -> None:
+        if self._plan.metadata is None:
+            shard = self._shard((0,) * self.ndim)
+            if not shard.is_complete:
+                return
+        for shard in self._known():
+            shard.publish(closing=True)
+            shard.discard()
+        self._end_draft()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close(publish=kind is None)
+
+    def __del__(self) -> None:
+        plan = getattr(self, "_plan", None)
+        if plan is not None and not plan.is_closed:
+            try:
+                if plan.mode == "r+" and any(shard.store is not None for shard in self._shards.values()):
+                    warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
+            finally:
+                self._close(publish=False)
+
+    # -- reading and assigning ------------------------------------------------------------------------
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return what NumPy's basic indexing takes: read-only, and without a copy where the layout allows.
+
+        No copy is made of a part of one block, or of one file whose blocks follow each other, if all of it is written.
+        What is not written reads as the fill value.
+
+        Raises
+        ------
+        IndexError
+            If the index is out of bounds, or none of basic indexing.
+        FormatError
+            If a file is damaged.
+        """
+        self._plan.refuse_closed()
+        selection = parse(key, self.shape)
+        shape = tuple(map(len, selection.axes))
+        found = self._view(selection) if math.prod(shape) else None
+        if found is None:
+            found = np.empty(shape, self.dtype)
+            for shard, number, targets, sources in self._touched(selection):
+                block = shard.read(number)
+                found[targets] = self.fill_value if block is None else block[sources]
+            found.setflags(write=False)
+        return found[selection.post]
+
+    def _view(self, selection: Selection) -> NDArray[Any] | None:
+        """Return what a selection takes as a view, if it is written and lies in one block or one regular file."""
+        per_axis = [block_range(axis, chunk) for axis, chunk in zip(selection.axes, self.chunks, strict=True)]
+        first = tuple(blocks[0] for blocks in per_axis)
+        index, inner = self.grid.locate(first)
+        if any(blocks[-1] // per != i for blocks, per, i in zip(per_axis, self.grid.per_shard, index, strict=True)):
+            return None
+        shard = self._shard(index)
+        if all(len(blocks) == 1 for blocks in per_axis):
+            block = shard.read(shard.layout.number(inner))
+            starts = [i * chunk for i, chunk in zip(first, self.chunks, strict=True)]
+        else:
+            starts = [i * n for i, n in zip(index, self.shards, strict=True)]
+            taken = tuple(
+                slice(blocks[0] - i * per, blocks[-1] - i * per + 1)
+                for blocks, i, per in zip(per_axis, index, self.grid.per_shard, strict=True)
+            )
+            if not shard.written().reshape(shard.layout.blocks)[taken].all():
+                return None
+            block = shard.whole()
+        if block is None:
+            return None
+        parts = [
+            overlap(axis, start, start + n) for axis, start, n in zip(selection.axes, starts, block.shape, strict=True)
+        ]
+        return np.asarray(block[tuple(part[1] for part in parts if part is not None)])
+
+    def _touched(self, selection: Selection) -> "Iterator[tuple[Shard, int, tuple[slice, ...], tuple[slice, ...]]]":
+        """Iterate over the blocks that a selection takes something of: where that goes, and what it is of the block."""
+        per_axis = []
+        for axis, chunk, n in zip(selection.axes, self.chunks, self.shape, strict=True):
+            parts = []
+            for i in block_range(axis, chunk) if len(axis) else ():
+                if (part := overlap(axis, i * chunk, min((i + 1) * chunk, n))) is not None:
+                    parts.append((i, *part))
+            per_axis.append(parts)
+        for combination in itertools.product(*per_axis):
+            shard, number = self._place(tuple(part[0] for part in combination))
+            yield shard, number, tuple(part[1] for part in combination), tuple(part[2] for part in combination)
+
+    def __setitem__(self, key: Any, data: ArrayLike) -> None:
+        """Write whole blocks, written or not, with data that broadcasts to them and is cast as NumPy's assignment does.
+
+        Raises
+        ------
+        SelectionError
+            If the selection cuts blocks; the message names the nearest one that does not.
+        ValueError
+            If the data does not broadcast; before a byte moves.
+        WriterBusyError, EscapedViewError, ReadOnlyStoreError, ClosedStoreError, OSError
+            As in `Block.writer`.
+        """
+        self._plan.refuse_writing()
+        _, selection = aligned(key, self.shape, self.chunks)
+        source = np.asarray(data)
+        try:
+            spread = np.broadcast_to(source, selection.shape)
+        except ValueError:
+            while source.ndim > len(selection.shape) and source.shape[0] == 1:  # as NumPy does
+                source = source[0]
+            try:
+                spread = np.broadcast_to(source, selection.shape)
+            except ValueError:
+                raise ValueError(
+                    f"could not broadcast data of shape {np.shape(data)} into shape {selection.shape}"
+                ) from None
+        gathered = spread[selection.inverse]
+        for shard, number, targets, _ in self._touched(selection):
+            part = gathered[targets]
+            block = Block(self, shard.block_index(number))
+            if part.dtype == self.dtype:
+                block.write(part, rewrite=True)
+            else:
+                with block.writer(rewrite=True) as a:
+                    a[...] = part
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        array = np.asarray(self[...])
+        if dtype is not None and array.dtype != dtype:
+            if copy is False:
+                raise ValueError(f"cannot convert {self.dtype} to {np.dtype(dtype)} without a copy")
+            return array.astype(dtype)
+        if copy is False and array.flags.owndata and array.size:
+            raise ValueError(
+                "cannot give all of the array without a copy: it is not written whole, or not in one piece"
+            )
+        return array.copy() if copy else array
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __dask_tokenize__(self) -> tuple[object, ...]:
+        return (type(self).__name__, self.path, *self._state())
+
+    def _state(self) -> tuple[object, ...]:
+        """Return what changes whenever the content may have changed."""
+        self._plan.refuse_closed()
+        known = [(shard.index, shard.version) for shard in self._known()]
+        return self.shape, self.dtype.str, self.chunks, tuple(known), _stamp(self.path), id(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(f"{self!r} does not pickle: pass its path, and open_array it there")
+
+    # -- showing --------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        what = f"{self.shape} {self.dtype}"
+        if sys.is_finalizing():
+            return f"<BlockArray {self._plan.name!r}: {what}>"
+        count = math.prod(self.grid.blocks)
+        blocks = f"{count} block{'s' * (count != 1)} of {self.chunks}"
+        if self.closed:
+            return f"<BlockArray {self._plan.name!r}: {what}, {blocks}, closed>"
+        written, durable = self._counts()
+        return (
+            f"<BlockArray {self._plan.name!r}: {what}, {blocks}, {written} written, {durable} durable, "
+            f'open "{self.mode}">'
+        )
+
+    def _counts(self) -> tuple[int, int]:
+        written = durable = 0
+        for shard in self._all():
+            written += int(np.count_nonzero(shard.written()))
+            durable += int(np.count_nonzero(shard.durable()))
+        return written, durable
+
+    def _repr_html_(self) -> str:
+        if self.closed:
+            return f"<pre>{escape(repr(self))}</pre>"
+        states = self._over_blocks(Shard.written).astype(np.uint8)
+        states += self._over_blocks(Shard.durable)
+        files = math.prod(self.grid.files)
+        facts = [
+            ("shape", str(self.shape)),
+            ("dtype", str(self.dtype)),
+            ("bytes", f"{self.nbytes:,}"),
+            ("blocks", f"{states.size:,} of {self.chunks}"),
+            *([("files", f"{files:,} of {self.shards}")] if files > 1 else []),
+            ("fill value", str(self.fill_value)),
+        ]
+        return picture.html(f"BlockArray {self._plan.name}", facts, states)
+
+    # -- shards ---------------------------------------------------------------------------------------
+
+    def _shard(self, index: Index) -> Shard:
+        shard = self._shards.get(index)
+        if shard is None:
+            with self._guard:
+                if (shard := self._shards.get(index)) is None:
+                    plan = self._plan
+                    metadata = plan.metadata
+                    path = plan.path if metadata is None else os.path.join(plan.path, metadata.key(index))
+                    self._shards[index] = shard = Shard(plan, index, path, self._ensure_draft)
+        return shard
+
+    def _place(self, index: Index) -> tuple[Shard, int]:
+        """Return the shard of a block, and the block's number there; refuse if the array is closed."""
+        self._plan.refuse_closed()
+        at, inner = self.grid.locate(index)
+        shard = self._shard(at)
+        return shard, shard.layout.number(inner)
+
+    def _known(self) -> list[Shard]:
+        """Return the shards that were come to so far."""
+        with self._guard:
+            return list(self._shards.values())
+
+    def _all(self) -> Iterator[Shard]:
+        return map(self._shard, self.grid.shard_indices())
+
+    def _over_blocks(self, of: Callable[[Shard], NDArray[np.bool_]]) -> NDArray[np.bool_]:
+        """Return what a function says of the blocks of each shard, over the grid of blocks."""
+        self._plan.refuse_closed()
+        over = np.zeros(self.grid.blocks, np.bool_)
+        for shard in self._all():
+            over[self.grid.shard_blocks(shard.index)] = of(shard).reshape(shard.layout.blocks)
+        return over
+
+    def _pending_indices(self) -> Iterator[Index]:
+        self._plan.refuse_closed()
+        for shard in self._all():
+            for number in np.flatnonzero(~shard.written()):
+                yield shard.block_index(int(number))
+
+    def _publish_completed(self) -> None:
+        """Publish the files that are complete, of an array of several; they were written since the last time."""
+        if math.prod(self.grid.files) <= 1:
+            return
+        completed = self._plan.completed
+        while True:
+            try:
+                shard = completed.popleft()
+            except IndexError:
+                return
+            if shard.is_complete and not shard.is_published:
+                shard.publish(closing=False)
+
+    def _begin(self) -> None:
+        """Make the working file of an array of one, with its space."""
+        shard = self._shard((0,) * self.ndim)
+        with shard.lock:
+            shard.begin()
+
+    def _ensure_draft(self) -> None:
+        """Say that the array is being written, before a file of a finished one is written again."""
+        with self._guard:
+            if self._lock is None:
+                self._lock = self._start_draft()
+
+    def _end_draft(self) -> None:
+        """Remove the draft, if everything is published."""
+        if self._lock is None or not all(shard.is_complete and shard.is_published for shard in self._all()):
+            return
+        with self._guard:
+            draft = draft_of(self.path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(draft)
+            lock, self._lock = self._lock, None
+            if lock is not None:
+                lock.release()
+
+
+def _fill_block(array: BlockArray, func: Callable[[NDArray[Any], Block], object], index: Index) -> int:
+    """Fill one block, and return its bytes."""
+    block = Block(array, index)
+    with block.writer() as a:
+        func(a, block)
+    return block.nbytes
+
+
+def _nbytes_of(grid: Grid, blocks: NDArray[np.bool_]) -> int:
+    """Return the bytes of the elements of some blocks, given over the grid of blocks."""
+    lengths = np.full(int(np.count_nonzero(blocks)), grid.dtype.itemsize, np.int64)
+    for i, n, chunk in zip(np.nonzero(blocks), grid.shape, grid.chunks, strict=True):
+        lengths *= np.minimum(chunk, n - i * chunk)
+    return int(lengths.sum())
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return ()
+    return status.st_ino, status.st_mtime_ns, status.st_size

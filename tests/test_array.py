@@ -1,0 +1,187 @@
+"""BlockArray: what is written is read, what is not is the fill value, and a published file never changes."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import blockstore as bs
+
+FORMATS = ("x.npy", "x.zarr")
+
+
+@pytest.fixture(params=FORMATS)
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tmp_path / str(request.param)
+
+
+@pytest.fixture
+def x(path: Path) -> Iterator[bs.BlockArray]:
+    with bs.create_array(path, shape=(10, 6), dtype="i4", chunks=(4, 6)) as array:
+        yield array
+
+
+def number(a: np.ndarray[Any, Any], block: bs.Block) -> None:
+    a[...] = 1 + block.index[0]
+
+
+def names(folder: Path) -> set[str]:
+    return {str(each.relative_to(folder)) for each in folder.rglob("*")}
+
+
+def test_a_finished_array_is_a_clean_artefact(path: Path) -> None:
+    with bs.create_array(path, shape=(10, 6), dtype="i4", chunks=(4, 6)) as x:
+        x.fill(number)
+
+    found = names(path.parent)
+    assert found in ({"x.npy"}, {"x.zarr", "x.zarr/zarr.json", "x.zarr/c", "x.zarr/c/0", "x.zarr/c/0/0"})
+
+
+def test_nothing_is_under_the_final_name_of_an_npy_before_it_is_complete(tmp_path: Path) -> None:
+    with bs.create_array(tmp_path / "x.npy", shape=(10, 6), dtype="i4", chunks=(4, 6)) as x:
+        x[0:4] = 1
+        x.flush()
+        assert not (tmp_path / "x.npy").exists()
+    assert not (tmp_path / "x.npy").exists()
+
+    with bs.open_array(tmp_path / "x.npy") as x:
+        assert [b.index for b in x.pending()] == [(1, 0), (2, 0)]
+        x.fill(number)
+    assert np.load(tmp_path / "x.npy")[:, 0].tolist() == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+
+
+def test_an_exception_publishes_nothing_and_loses_nothing(path: Path) -> None:
+    with (
+        pytest.raises(KeyError),
+        bs.create_array(path, shape=(10, 6), dtype="i4", chunks=(4, 6)) as x,
+    ):
+        x[0:4] = 5
+        raise KeyError
+
+    assert not path.exists() or not (path / "c/0/0").exists()
+    with bs.open_array(path) as x:
+        assert x.written.tolist() == [[True], [False], [False]]
+        assert x[0:5, 0].tolist() == [5, 5, 5, 5, 0]
+
+
+def test_a_published_file_never_changes(tmp_path: Path) -> None:
+    path = tmp_path / "x.zarr"
+    with bs.create_array(path, shape=(10, 6), dtype="i4", chunks=(4, 6), fill_value=7) as x:
+        x[0:4] = 1
+        x.publish()
+        before = (path / "c/0/0").read_bytes()
+        old = np.memmap(path / "c/0/0", np.uint8, "r")
+        x[4:8] = 2
+        x[0:4] = 3
+        x.flush()
+        assert old.tobytes() == before == (path / "c/0/0").read_bytes()
+        assert x[:, 0].tolist() == [3, 3, 3, 3, 2, 2, 2, 2, 7, 7]
+        x.publish()
+        assert old.tobytes() == before != (path / "c/0/0").read_bytes()
+    with bs.open_array(path, mode="r") as y:
+        assert y[:, 0].tolist() == [3, 3, 3, 3, 2, 2, 2, 2, 7, 7]
+
+
+def test_a_view_that_escaped_cannot_change_a_published_file(path: Path) -> None:
+    x = bs.create_array(path, shape=(4, 6), dtype="i4", chunks=(4, 6), escaped="ignore")
+    with x.blocks[0, 0].writer() as a:
+        a[:] = 1
+        late = a[1:]
+    x.close()
+    late[:] = 9
+
+    expected = 9 if os.environ.get("BLOCKSTORE_PORTABLE", "0") not in ("", "0") else 1
+    with bs.open_array(path, mode="r") as y:
+        assert int(y[1, 0]) == expected
+
+
+def test_each_file_of_several_is_seen_when_it_is_complete_and_durable(tmp_path: Path) -> None:
+    with bs.create_array(tmp_path / "x.zarr", shape=(8, 8), dtype="u1", chunks=(2, 8), shards=(4, 8)) as x:
+        x[0:2] = 1
+        x.flush()
+        assert not (tmp_path / "x.zarr/c/0/0").exists()
+        x[2:4] = 2
+        assert not (tmp_path / "x.zarr/c/0/0").exists()
+        x.flush()
+        assert (tmp_path / "x.zarr/c/0/0").exists()
+        assert not (tmp_path / "x.zarr/c/1/0").exists()
+
+
+def test_a_fresh_block_holds_the_fill_value_also_after_an_attempt_that_failed(path: Path) -> None:
+    fill = 0 if path.suffix == ".npy" else 9
+    x = bs.create_array(path, shape=(10, 6), dtype="i4", chunks=(4, 6), fill_value=fill)
+    with pytest.raises(KeyError), x.blocks[1, 0].writer() as a:
+        assert np.all(a == fill)
+        a[:] = 5
+        raise KeyError
+    assert np.all(x[4:8] == fill)
+    with x.blocks[1, 0].writer() as a:
+        assert np.all(a == fill)
+        a[0] = 5
+    with pytest.raises(KeyError), x.blocks[0, 0].writer() as a:
+        a[:] = 6
+        raise KeyError
+    del a
+    x._close(publish=False)
+
+    with bs.open_array(path) as x, x.blocks[0, 0].writer() as a:
+        assert np.all(a == fill)
+
+
+def test_a_written_block_is_immutable_unless_asked(x: bs.BlockArray) -> None:
+    x[0:4] = 1
+    with pytest.raises(bs.AlreadyWrittenError, match=r"cannot write block \(0, 0\) of 'x\.(npy|zarr)'"):
+        x.blocks[0, 0].write(np.ones((4, 6), "i4"))
+    with x.blocks[0, 0].writer(rewrite=True) as a:
+        assert np.all(a == 1)
+        a[:] = 2
+    assert np.all(x[0:4] == 2)
+
+
+def test_a_second_writer_of_a_block_is_refused(x: bs.BlockArray) -> None:
+    with x.blocks[0, 0].writer() as a:
+        a[:] = 1
+        with pytest.raises(bs.WriterBusyError, match="block"), x.blocks[0, 0].writer():
+            pass
+        with pytest.raises(bs.WriterBusyError, match=r"cannot write block \(0, 0\)"):
+            x.blocks[0, 0].write(bytes(96))
+
+
+def test_publishing_while_somebody_writes_is_refused_and_harms_nobody(tmp_path: Path) -> None:
+    with bs.create_array(tmp_path / "x.zarr", shape=(10, 6), dtype="i4", chunks=(4, 6)) as x:
+        x[0:4] = 1
+        with x.blocks[1, 0].writer() as a:
+            a[:] = 2
+            with pytest.raises(bs.WriterBusyError, match=r"cannot publish 'x.zarr': block \(1, 0\) is being written"):
+                x.publish()
+        assert x[:, 0].tolist() == [1, 1, 1, 1, 2, 2, 2, 2, 0, 0]
+
+
+def test_rewriting_after_reopening_a_finished_array(path: Path) -> None:
+    with bs.create_array(path, shape=(10, 6), dtype="i4", chunks=(4, 6)) as x:
+        x.fill(number)
+    with bs.open_array(path) as x:
+        chunk = x.chunks[0]
+        x[0:chunk] = 7
+        assert int(x[0, 0]) == 7
+    with bs.open_array(path, mode="r") as x:
+        assert int(x[0, 0]) == 7
+        assert int(x[9, 0]) == (7 if chunk == 10 else 3)
+
+
+def test_a_receipt_stays_true_through_publishing_and_going_on(tmp_path: Path) -> None:
+    with bs.create_array(tmp_path / "x.zarr", shape=(10, 6), dtype="i4", chunks=(4, 6)) as x:
+        first = x.blocks[0, 0].write(np.ones((4, 6), "i4"))
+        second = x.blocks[1, 0].write(np.ones((4, 6), "i4"))
+        assert not first.durable
+        x.publish()
+        assert first.durable
+        x[8:10] = 1
+        assert first.durable
+        assert second.durable
+        x[0:4] = 2
+        assert first.revoked
+        assert second.durable
