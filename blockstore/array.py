@@ -18,12 +18,9 @@ Examples
 array([0., 1., 3.])
 """
 
-import contextlib
-import itertools
 import math
 import os
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,13 +33,12 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from blockstore import fill, picture
-from blockstore._disk import FileLock
 from blockstore.blocks import Block, BlockGrid
-from blockstore.draft import draft_of
-from blockstore.errors import NotWrittenError
-from blockstore.indexing import Selection, aligned, block_range, overlap, parse
+from blockstore.files import Files
+from blockstore.indexing import aligned
 from blockstore.layouts.grid import Grid, Index
-from blockstore.shard import Plan, Shard
+from blockstore.reading import as_source, parts, spread, take
+from blockstore.shard import Shard
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -74,13 +70,10 @@ class BlockArray:
     closed : bool
     """
 
-    def __init__(self, plan: Plan, lock: FileLock | None, start_draft: Callable[[], FileLock]) -> None:
-        self.grid: Grid = plan.grid
-        self._plan = plan
-        self._lock = lock  # of the draft
-        self._start_draft = start_draft
-        self._shards: dict[Index, Shard] = {}
-        self._guard = threading.Lock()
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._plan = files.plan
+        self._grid = files.plan.grid
 
     # -- what it is -----------------------------------------------------------------------------------
 
@@ -92,37 +85,37 @@ class BlockArray:
     @property
     def shape(self) -> Index:
         """Elements along each axis."""
-        return self.grid.shape
+        return self._grid.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype, in the byte order of the file."""
-        return self.grid.dtype
+        return self._grid.dtype
 
     @property
     def ndim(self) -> int:
         """How many axes it has, at least 1."""
-        return len(self.grid.shape)
+        return len(self._grid.shape)
 
     @property
     def size(self) -> int:
         """How many elements it has."""
-        return math.prod(self.grid.shape)
+        return math.prod(self._grid.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes of its elements."""
-        return self.grid.nbytes
+        return self._grid.nbytes
 
     @property
     def chunks(self) -> Index:
         """Elements of a block along each axis; blocks at the edge have fewer."""
-        return self.grid.chunks
+        return self._grid.chunks
 
     @property
     def shards(self) -> Index:
         """Elements of a file along each axis."""
-        return self.grid.shards
+        return self._grid.shards
 
     @property
     def fill_value(self) -> np.generic:
@@ -144,7 +137,7 @@ class BlockArray:
     @property
     def blocks(self) -> BlockGrid:
         """The grid of blocks: ``x.blocks[3, 0]`` is a `Block`; iterates in C order."""
-        return BlockGrid(self)
+        return BlockGrid(self, self._grid.blocks)
 
     @property
     def mode(self) -> str:
@@ -159,7 +152,7 @@ class BlockArray:
     @property
     def written(self) -> NDArray[np.bool_]:
         """Which blocks are written: an array of bool over the grid of blocks. A copy. O(blocks)."""
-        return self._over_blocks(Shard.written)
+        return self._files.over_blocks(Shard.written)
 
     # -- filling --------------------------------------------------------------------------------------
 
@@ -168,7 +161,7 @@ class BlockArray:
 
         A report of when each file is come to: what others write meanwhile may be among them.
         """
-        return (Block(self, index) for index in self._pending_indices())
+        return (Block(self, index) for index in self._files.pending())
 
     def fill(
         self,
@@ -222,22 +215,22 @@ class BlockArray:
 
         def idle() -> None:
             nonlocal last
-            self._publish_completed()
+            self._files.publish_completed()
             if flush_every is not None and time.monotonic() - last >= flush_every:
                 self.flush()
                 last = time.monotonic()
 
         try:
             return fill.run(
-                (index for index in self._pending_indices() if not written[index]),
+                (index for index in self._files.pending() if not written[index]),
                 int(np.count_nonzero(~written)),
                 partial(_fill_block, self, func),
                 workers=workers,
                 executor=executor,
                 progress=progress,
                 total_nbytes=self.nbytes,
-                done_nbytes=_nbytes_of(self.grid, written),
-                block_nbytes=self.grid.block_nbytes,
+                done_nbytes=_nbytes_of(self._grid, written),
+                block_nbytes=self._grid.block_nbytes,
                 idle=idle,
                 where=self._plan.name,
             )
@@ -263,9 +256,7 @@ class BlockArray:
         Two syncs for each file that has something new, whatever the number of blocks; others go on meanwhile.
         """
         self._plan.refuse_writing()
-        count = sum(shard.flush() for shard in self._known())
-        self._publish_completed()
-        return count
+        return self._files.flush()
 
     def publish(self, *, partial: bool = False) -> None:
         """Bring what is written under the final name, in one step for each file, and go on.
@@ -279,7 +270,8 @@ class BlockArray:
         Raises
         ------
         NotWrittenError
-            If an ``.npy`` is incomplete, and `partial` was not asked for.
+            If an ``.npy`` is incomplete, and `partial` was not asked for; or if a block that is published was opened
+            for rewriting and is not written yet.
         FileExistsError
             If something else came to be where an ``.npy`` is to go.
         WriterBusyError
@@ -293,20 +285,7 @@ class BlockArray:
         file is made first, which takes the time and space of what is written of it.
         """
         self._plan.refuse_writing()
-        if self._plan.metadata is None:
-            shard = self._shard((0,) * self.ndim)
-            if not shard.is_complete:
-                if not partial:
-                    left = int(np.count_nonzero(~shard.written()))
-                    raise NotWrittenError(
-                        f"cannot publish {self._plan.name!r}: {left} of {shard.layout.count} blocks are not written, "
-                        "and an .npy file cannot say so; publish(partial=True) puts zeros there"
-                    )
-                shard.snapshot()
-                return
-        for shard in self._known():
-            shard.publish()
-        self._end_draft()
+        self._files.publish(partial=partial)
 
     def verify(self, *, progress: Callable[[int], object] | None = None) -> NDArray[np.intp]:
         """Read back what is written, and compare the checksums.
@@ -323,13 +302,14 @@ class BlockArray:
             ``keep_journal=True``.
         """
         self._plan.refuse_closed()
-        wrong = [shard.block_index(n) for shard in self._all() for n in shard.verify(progress)]
+        wrong = [shard.block_index(n) for shard in self._files.all() for n in shard.verify(progress)]
         return np.array(wrong, np.intp).reshape(len(wrong), self.ndim)
 
     def close(self) -> None:
         """Flush, publish what is written, and use the files no more. Closing twice does nothing.
 
-        An ``.npy`` that is not complete stays hidden, to go on with `open_array`. Arrays that were read stay valid.
+        An ``.npy`` that is not complete stays hidden, to go on with `open_array`; so does a file of a Zarr array in
+        which a block that is published was opened for rewriting and is not written. Arrays that were read stay valid.
         Writers that are still inside get `ClosedStoreError` instead of a receipt, and their block stays pending.
 
         Raises
@@ -338,32 +318,7 @@ class BlockArray:
             If the disk failed, or if something else came to be where an ``.npy`` is to go; the array is closed all the
             same, and nothing that was durable is lost.
         """
-        self._close(publish=True)
-
-    def _close(self, *, publish: bool) -> None:
-        if self._plan.is_closed:
-            return
-        try:
-            with contextlib.ExitStack() as stack:
-                for shard in self._known():
-                    stack.callback(shard.close)
-                if publish and self._plan.mode == "r+":
-                    self._publish_at_end()
-        finally:
-            self._plan.is_closed = True
-            lock, self._lock = self._lock, None
-            if lock is not None:
-                lock.release()
-
-    def _publish_at_end(self) -> None:
-        if self._plan.metadata is None:
-            shard = self._shard((0,) * self.ndim)
-            if not shard.is_complete:
-                return
-        for shard in self._known():
-            shard.publish(closing=True)
-            shard.discard()
-        self._end_draft()
+        self._files.close(publish=True)
 
     def __enter__(self) -> Self:
         return self
@@ -371,16 +326,16 @@ class BlockArray:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._close(publish=kind is None)
+        self._files.close(publish=kind is None)
 
     def __del__(self) -> None:
         plan = getattr(self, "_plan", None)
         if plan is not None and not plan.is_closed:
             try:
-                if plan.mode == "r+" and any(shard.store is not None for shard in self._shards.values()):
+                if plan.mode == "r+" and any(shard.store is not None for shard in self._files.known()):
                     warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
             finally:
-                self._close(publish=False)
+                self._files.close(publish=False)
 
     # -- reading and assigning ------------------------------------------------------------------------
 
@@ -398,56 +353,7 @@ class BlockArray:
             If a file is damaged.
         """
         self._plan.refuse_closed()
-        selection = parse(key, self.shape)
-        shape = tuple(map(len, selection.axes))
-        found = self._view(selection) if math.prod(shape) else None
-        if found is None:
-            found = np.empty(shape, self.dtype)
-            for shard, number, targets, sources in self._touched(selection):
-                block = shard.read(number)
-                found[targets] = self.fill_value if block is None else block[sources]
-            found.setflags(write=False)
-        return found[selection.post]
-
-    def _view(self, selection: Selection) -> NDArray[Any] | None:
-        """Return what a selection takes as a view, if it is written and lies in one block or one regular file."""
-        per_axis = [block_range(axis, chunk) for axis, chunk in zip(selection.axes, self.chunks, strict=True)]
-        first = tuple(blocks[0] for blocks in per_axis)
-        index, inner = self.grid.locate(first)
-        if any(blocks[-1] // per != i for blocks, per, i in zip(per_axis, self.grid.per_shard, index, strict=True)):
-            return None
-        shard = self._shard(index)
-        if all(len(blocks) == 1 for blocks in per_axis):
-            block = shard.read(shard.layout.number(inner))
-            starts = [i * chunk for i, chunk in zip(first, self.chunks, strict=True)]
-        else:
-            starts = [i * n for i, n in zip(index, self.shards, strict=True)]
-            taken = tuple(
-                slice(blocks[0] - i * per, blocks[-1] - i * per + 1)
-                for blocks, i, per in zip(per_axis, index, self.grid.per_shard, strict=True)
-            )
-            if not shard.written().reshape(shard.layout.blocks)[taken].all():
-                return None
-            block = shard.whole()
-        if block is None:
-            return None
-        parts = [
-            overlap(axis, start, start + n) for axis, start, n in zip(selection.axes, starts, block.shape, strict=True)
-        ]
-        return np.asarray(block[tuple(part[1] for part in parts if part is not None)])
-
-    def _touched(self, selection: Selection) -> "Iterator[tuple[Shard, int, tuple[slice, ...], tuple[slice, ...]]]":
-        """Iterate over the blocks that a selection takes something of: where that goes, and what it is of the block."""
-        per_axis = []
-        for axis, chunk, n in zip(selection.axes, self.chunks, self.shape, strict=True):
-            parts = []
-            for i in block_range(axis, chunk) if len(axis) else ():
-                if (part := overlap(axis, i * chunk, min((i + 1) * chunk, n))) is not None:
-                    parts.append((i, *part))
-            per_axis.append(parts)
-        for combination in itertools.product(*per_axis):
-            shard, number = self._place(tuple(part[0] for part in combination))
-            yield shard, number, tuple(part[1] for part in combination), tuple(part[2] for part in combination)
+        return take(self._files, key)
 
     def __setitem__(self, key: Any, data: ArrayLike) -> None:
         """Write whole blocks, written or not, with data that broadcasts to them and is cast as NumPy's assignment does.
@@ -463,39 +369,16 @@ class BlockArray:
         """
         self._plan.refuse_writing()
         _, selection = aligned(key, self.shape, self.chunks)
-        source = np.asarray(data)
-        try:
-            spread = np.broadcast_to(source, selection.shape)
-        except ValueError:
-            while source.ndim > len(selection.shape) and source.shape[0] == 1:  # as NumPy does
-                source = source[0]
-            try:
-                spread = np.broadcast_to(source, selection.shape)
-            except ValueError:
-                raise ValueError(
-                    f"could not broadcast data of shape {np.shape(data)} into shape {selection.shape}"
-                ) from None
-        gathered = spread[selection.inverse]
-        for shard, number, targets, _ in self._touched(selection):
-            part = gathered[targets]
-            block = Block(self, shard.block_index(number))
-            if part.dtype == self.dtype:
-                block.write(part, rewrite=True)
-            else:
-                with block.writer(rewrite=True) as a:
-                    a[...] = part
+        source = spread(self._files.apart(as_source(data, self.dtype)), selection)
+        for index, targets, _ in parts(self._files, selection):
+            Block(self, index).write(source[targets].astype(self.dtype, copy=False), rewrite=True)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        array = np.asarray(self[...])
-        if dtype is not None and array.dtype != dtype:
-            if copy is False:
-                raise ValueError(f"cannot convert {self.dtype} to {np.dtype(dtype)} without a copy")
-            return array.astype(dtype)
-        if copy is False and array.flags.owndata and array.size:
-            raise ValueError(
-                "cannot give all of the array without a copy: it is not written whole, or not in one piece"
-            )
-        return array.copy() if copy else array
+        self._plan.refuse_closed()
+        if copy is False and dtype is not None and self.dtype != dtype:
+            raise ValueError(f"cannot convert {self.dtype} to {np.dtype(dtype)} without a copy")
+        array: NDArray[Any] = take(self._files, ..., copy=copy)
+        return array if dtype is None else array.astype(dtype, copy=False)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -506,7 +389,7 @@ class BlockArray:
     def _state(self) -> tuple[object, ...]:
         """Return what changes whenever the content may have changed."""
         self._plan.refuse_closed()
-        known = [(shard.index, shard.version) for shard in self._known()]
+        known = [(shard.index, shard.version) for shard in self._files.known()]
         return self.shape, self.dtype.str, self.chunks, tuple(known), _stamp(self.path), id(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -518,7 +401,7 @@ class BlockArray:
         what = f"{self.shape} {self.dtype}"
         if sys.is_finalizing():
             return f"<BlockArray {self._plan.name!r}: {what}>"
-        count = math.prod(self.grid.blocks)
+        count = math.prod(self._grid.blocks)
         blocks = f"{count} block{'s' * (count != 1)} of {self.chunks}"
         if self.closed:
             return f"<BlockArray {self._plan.name!r}: {what}, {blocks}, closed>"
@@ -530,7 +413,7 @@ class BlockArray:
 
     def _counts(self) -> tuple[int, int]:
         written = durable = 0
-        for shard in self._all():
+        for shard in self._files.all():
             written += int(np.count_nonzero(shard.written()))
             durable += int(np.count_nonzero(shard.durable()))
         return written, durable
@@ -538,9 +421,9 @@ class BlockArray:
     def _repr_html_(self) -> str:
         if self.closed:
             return f"<pre>{escape(repr(self))}</pre>"
-        states = self._over_blocks(Shard.written).astype(np.uint8)
-        states += self._over_blocks(Shard.durable)
-        files = math.prod(self.grid.files)
+        states = self._files.over_blocks(Shard.written).astype(np.uint8)
+        states += self._files.over_blocks(Shard.durable)
+        files = math.prod(self._grid.files)
         facts = [
             ("shape", str(self.shape)),
             ("dtype", str(self.dtype)),
@@ -550,85 +433,6 @@ class BlockArray:
             ("fill value", str(self.fill_value)),
         ]
         return picture.html(f"BlockArray {self._plan.name}", facts, states)
-
-    # -- shards ---------------------------------------------------------------------------------------
-
-    def _shard(self, index: Index) -> Shard:
-        shard = self._shards.get(index)
-        if shard is None:
-            with self._guard:
-                if (shard := self._shards.get(index)) is None:
-                    plan = self._plan
-                    metadata = plan.metadata
-                    path = plan.path if metadata is None else os.path.join(plan.path, metadata.key(index))
-                    self._shards[index] = shard = Shard(plan, index, path, self._ensure_draft)
-        return shard
-
-    def _place(self, index: Index) -> tuple[Shard, int]:
-        """Return the shard of a block, and the block's number there; refuse if the array is closed."""
-        self._plan.refuse_closed()
-        at, inner = self.grid.locate(index)
-        shard = self._shard(at)
-        return shard, shard.layout.number(inner)
-
-    def _known(self) -> list[Shard]:
-        """Return the shards that were come to so far."""
-        with self._guard:
-            return list(self._shards.values())
-
-    def _all(self) -> Iterator[Shard]:
-        return map(self._shard, self.grid.shard_indices())
-
-    def _over_blocks(self, of: Callable[[Shard], NDArray[np.bool_]]) -> NDArray[np.bool_]:
-        """Return what a function says of the blocks of each shard, over the grid of blocks."""
-        self._plan.refuse_closed()
-        over = np.zeros(self.grid.blocks, np.bool_)
-        for shard in self._all():
-            over[self.grid.shard_blocks(shard.index)] = of(shard).reshape(shard.layout.blocks)
-        return over
-
-    def _pending_indices(self) -> Iterator[Index]:
-        self._plan.refuse_closed()
-        for shard in self._all():
-            for number in np.flatnonzero(~shard.written()):
-                yield shard.block_index(int(number))
-
-    def _publish_completed(self) -> None:
-        """Publish the files that are complete, of an array of several; they were written since the last time."""
-        if math.prod(self.grid.files) <= 1:
-            return
-        completed = self._plan.completed
-        while True:
-            try:
-                shard = completed.popleft()
-            except IndexError:
-                return
-            if shard.is_complete and not shard.is_published:
-                shard.publish(closing=False)
-
-    def _begin(self) -> None:
-        """Make the working file of an array of one, with its space."""
-        shard = self._shard((0,) * self.ndim)
-        with shard.lock:
-            shard.begin()
-
-    def _ensure_draft(self) -> None:
-        """Say that the array is being written, before a file of a finished one is written again."""
-        with self._guard:
-            if self._lock is None:
-                self._lock = self._start_draft()
-
-    def _end_draft(self) -> None:
-        """Remove the draft, if everything is published."""
-        if self._lock is None or not all(shard.is_complete and shard.is_published for shard in self._all()):
-            return
-        with self._guard:
-            draft = draft_of(self.path)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(draft)
-            lock, self._lock = self._lock, None
-            if lock is not None:
-                lock.release()
 
 
 def _fill_block(array: BlockArray, func: Callable[[NDArray[Any], Block], object], index: Index) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockstore.errors import WriterBusyError
+from blockstore.files import Files
 from blockstore.layouts.grid import Grid, Index
 from blockstore.ranges import AllocatedRange
 from blockstore.receipts import WriteReceipt
@@ -110,10 +111,8 @@ def block_range(shard: Shard, number: int, *, rewrite: bool) -> BlockRange:
 class Owner(Protocol):
     """What a block needs of its array."""
 
-    grid: Grid
-
-    def _place(self, index: Index) -> tuple[Shard, int]:
-        """Return the shard of a block, and the block's number there; refuse if the array is closed."""
+    _grid: Grid
+    _files: Files
 
 
 class Block:
@@ -145,17 +144,17 @@ class Block:
     @property
     def slices(self) -> tuple[slice, ...]:
         """Where it lies in the array."""
-        return self._array.grid.slices(self.index)
+        return self._array._grid.slices(self.index)
 
     @property
     def shape(self) -> Index:
         """Elements along each axis."""
-        return self._array.grid.block_shape(self.index)
+        return self._array._grid.block_shape(self.index)
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """The array's dtype."""
-        return self._array.grid.dtype
+        return self._array._grid.dtype
 
     @property
     def nbytes(self) -> int:
@@ -168,7 +167,7 @@ class Block:
     @property
     def written(self) -> bool:
         """Whether a writer has left it cleanly, and it is not being rewritten."""
-        shard, number = self._array._place(self.index)
+        shard, number = self._array._files.place(self.index)
         return shard.is_written(number)
 
     def writer(self, *, rewrite: bool = False) -> AbstractContextManager[NDArray[Any]]:
@@ -201,7 +200,7 @@ class Block:
         Some microseconds, in and out. If the fill value is not zero, and where an earlier attempt may have left
         something, filling with it takes one more pass over the block.
         """
-        shard, number = self._array._place(self.index)
+        shard, number = self._array._files.place(self.index)
         return block_range(shard, number, rewrite=rewrite).writer(rewrite=rewrite)
 
     def write(self, data: Any, *, rewrite: bool = False) -> WriteReceipt:
@@ -218,7 +217,7 @@ class Block:
         AlreadyWrittenError, WriterBusyError, EscapedViewError, ReadOnlyStoreError, ClosedStoreError, OSError
             As in `writer`.
         """
-        shard, number = self._array._place(self.index)
+        shard, number = self._array._files.place(self.index)
         return block_range(shard, number, rewrite=rewrite).write(data, rewrite=rewrite)
 
     def read(self) -> NDArray[Any]:
@@ -229,9 +228,9 @@ class Block:
         ndarray of the block's shape and dtype
             Valid for as long as it lives, also when the array is closed.
         """
-        shard, number = self._array._place(self.index)
+        shard, number = self._array._files.place(self.index)
         found = shard.read(number)
-        return np.broadcast_to(np.asarray(shard.plan.fill_value), self.shape) if found is None else found
+        return np.broadcast_to(np.asarray(shard.plan.fill_value, self.dtype), self.shape) if found is None else found
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Block):
@@ -243,7 +242,7 @@ class Block:
 
     def __repr__(self) -> str:
         where = ", ".join(f"{part.start}:{part.stop}" for part in self.slices)
-        shard, number = self._array._place(self.index)
+        shard, number = self._array._files.place(self.index)
         return f"<Block {self.index} = [{where}] of {shard.plan.name!r}, {shard.state_of(number)}>"
 
 
@@ -252,9 +251,9 @@ class BlockGrid:
 
     __slots__ = ("_array", "shape")
 
-    def __init__(self, array: Owner) -> None:
+    def __init__(self, array: Owner, shape: Index) -> None:
         self._array = array
-        self.shape: Index = array.grid.blocks
+        self.shape = shape
         """How many blocks there are along each axis."""
 
     def __len__(self) -> int:

@@ -7,12 +7,9 @@ what `draft` remembers and what the formats say to a `BlockArray`.
 import contextlib
 import errno
 import math
-import operator
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,40 +18,29 @@ from numpy.typing import DTypeLike
 from blockstore import _disk, _os, sidecar
 from blockstore.array import BlockArray
 from blockstore.checksums import ChecksumKind, checksum_function
+from blockstore.chunking import divided
 from blockstore.draft import (
-    Draft,
     canonical,
     check_fingerprint,
     draft_of,
     exists,
     is_npy,
     lock_draft,
+    mark_of,
     read_draft,
     warn_of_fingerprint,
     working_of,
-    write_draft,
 )
-from blockstore.errors import FormatError, LayoutError
-from blockstore.layouts.grid import Grid, Index, split_axis
-from blockstore.layouts.zarr import (
-    MAX_METADATA_NBYTES,
-    Metadata,
-    ShardIndex,
-    check_dtype,
-    check_fill_value,
-    decode_metadata,
-    encode_metadata,
-)
+from blockstore.errors import LayoutError
+from blockstore.files import Files
+from blockstore.finding import METADATA, is_array, plan_of_npy, plan_of_zarr
+from blockstore.layouts.shard_index import ShardIndex
+from blockstore.layouts.values import check_dtype, check_fill_value
+from blockstore.layouts.zarr import Metadata, encode_metadata
 from blockstore.opening import StrPath, absolute
 from blockstore.options import Access, Escaped, Guard, Options, choice
-from blockstore.published import read_header
-from blockstore.shard import Plan
+from blockstore.plan import Plan, draft_from
 from blockstore.views import check_shape
-
-_METADATA = "zarr.json"
-_BLOCK_NBYTES = 1 << 23
-_BLOCK_MIN_NBYTES = 1 << 20
-_BLOCKS = 64
 
 
 def create_array(
@@ -148,13 +134,13 @@ def create_array(
     >>> filled, np.load(tmp_path / "x.zarr/c/0/0", mmap_mode="r")[::200, 0]
     (3, memmap([0., 1., 2.], dtype=float32))
     """
-    target = absolute(path)
+    target = _target(path)
     options = Options(access, guard, escaped)
     if checksum is not None:
         checksum_function(checksum)
     npy = is_npy(target)
     items = check_dtype(dtype)
-    grid = _grid(check_shape(shape), items, chunks, shards, npy=npy)
+    grid = divided(check_shape(shape), items, chunks, shards, npy=npy)
     fill = check_fill_value(fill_value, items)
     metadata = None
     if npy:
@@ -162,19 +148,12 @@ def create_array(
     else:
         names = None if dimension_names is None else tuple(dimension_names)
         metadata = Metadata(grid, fill, dict(attributes or {}), names, ShardIndex())
-    draft = Draft(
-        secrets.token_hex(16),
-        checksum,
-        bool(reserve),
-        bool(keep_journal),
-        bool(overwrite),
-        None if fingerprint is None else canonical(fingerprint),
-        *((grid.shape, grid.chunks, items.str) if npy else ()),
-    )
-    plan = Plan(target, grid, fill, metadata, "r+", options, reserve, checksum, keep_journal, overwrite)
+    text = None if fingerprint is None else canonical(fingerprint)
+    plan = Plan(target, grid, fill, metadata, "r+", options, reserve, checksum, keep_journal, overwrite, text)
     with _disk.folder_to_oneself(target):
+        _recover(target)
         _clear(target, overwrite=overwrite)
-        return (_create_npy if npy else _create_zarr)(plan, draft)
+        return (_create_npy if npy else _create_zarr)(plan)
 
 
 def open_array(
@@ -239,20 +218,22 @@ def open_array(
     """
     choice("mode", mode, ("r", "r+"))
     options = Options(access, guard, escaped)
-    target = absolute(path)
+    target = _target(path)
     lock = None
     with contextlib.ExitStack() as undo:
+        if mode == "r+":
+            _recover(target)
         if mode == "r+" and (lock := lock_draft(draft_of(target), target)) is not None:
             undo.callback(lock.release)
         found = read_draft(draft_of(target))
         draft = None if found is None else found[1]
-        plan = (_plan_of_npy if is_npy(target) else _plan_of_zarr)(target, draft, mode, options)
+        plan = (plan_of_npy if is_npy(target) else plan_of_zarr)(target, draft, mode, options)
         if fingerprint is not None and draft is None:
-            canonical(fingerprint)
+            plan.fingerprint = canonical(fingerprint)
             warn_of_fingerprint(target)
         elif fingerprint is not None and draft is not None:
             check_fingerprint(target, draft.fingerprint, fingerprint)
-        array = BlockArray(plan, lock, _starter(plan))
+        array = BlockArray(Files(plan, lock))
         undo.pop_all()
     return array
 
@@ -260,74 +241,10 @@ def open_array(
 # -- what is to be created ----------------------------------------------------------------------------
 
 
-def _grid(
-    shape: Index,
-    dtype: np.dtype[Any],
-    chunks: int | Sequence[int] | None,
-    shards: int | Sequence[int] | None,
-    *,
-    npy: bool,
-) -> Grid:
-    if not shape:
-        raise LayoutError("an array has one axis at least: shape () was given")
-    if math.prod(n or 1 for n in shape) * dtype.itemsize > 1 << 62:
-        raise LayoutError(f"shape {shape} of {dtype} is more than a file can hold")
-    per_block = default_chunks(shape, dtype) if chunks is None else _per_axis("chunks", chunks, shape)
-    if npy and split_axis(shape, per_block) is None:
-        nearest = (per_block[0], *(max(n, 1) for n in shape[1:]))
-        raise LayoutError(
-            f"blocks of {per_block} do not follow each other in an .npy of shape {shape}, which is in C order: "
-            f"chunks={nearest} would, and a Zarr array takes any"
-        )
-    whole = tuple(-(-max(n, 1) // chunk) * chunk for n, chunk in zip(shape, per_block, strict=True))
-    if shards is None:
-        return Grid(shape, dtype, per_block, whole)
-    if npy:
-        raise LayoutError("an .npy is one file: shards are for Zarr arrays")
-    per_file = _per_axis("shards", shards, whole)
-    fitting = tuple(-(-n // chunk) * chunk for n, chunk in zip(per_file, per_block, strict=True))
-    if per_file != fitting:
-        raise LayoutError(f"shards {per_file} are no multiples of the chunks {per_block}: shards={fitting} would be")
-    return Grid(shape, dtype, per_block, per_file)
-
-
-def _per_axis(name: str, given: int | Sequence[int], shape: Index) -> Index:
-    """Return a number of elements for each axis, none more than there are."""
-    try:
-        sizes = (operator.index(given),) * len(shape)  # type: ignore[arg-type]
-    except TypeError:
-        try:
-            sizes = tuple(map(operator.index, given))  # type: ignore[arg-type]
-        except TypeError:
-            raise LayoutError(f"{name} are an int or ints, one for each axis, not {given!r}") from None
-    if len(sizes) != len(shape):
-        raise LayoutError(f"{name} {sizes} are for {len(sizes)} axes, shape {shape} has {len(shape)}")
-    if any(size < 1 and size != -1 for size in sizes):
-        raise LayoutError(f"{name} {sizes}: each is at least 1, or -1 for all of the axis")
-    return tuple(max(n, 1) if size == -1 else min(size, max(n, 1)) for size, n in zip(sizes, shape, strict=True))
-
-
-def default_chunks(shape: Index, dtype: np.dtype[Any]) -> Index:
-    """Return blocks that follow each other in C order, and are neither small nor few."""
-    nbytes = math.prod(n or 1 for n in shape) * dtype.itemsize
-    aim = max(min(_BLOCK_NBYTES, nbytes // _BLOCKS), _BLOCK_MIN_NBYTES)
-    row = dtype.itemsize
-    chunks: list[int] = []
-    for n in reversed(shape):
-        if row > aim:
-            chunks.append(1)
-            continue
-        count = max(n, 1)
-        if row * count > aim:
-            count = aim // row
-            whole = _os_page // math.gcd(row, _os_page)  # so that blocks share no page
-            count = count // whole * whole or count
-        chunks.append(count)
-        row *= max(n, 1)
-    return tuple(reversed(chunks))
-
-
-_os_page = 4096
+def _target(path: StrPath) -> str:
+    """Return where an array is or is to be: not the link to it."""
+    target = absolute(path)
+    return os.path.realpath(target) if os.path.islink(target) else target
 
 
 def _check_npy(
@@ -353,7 +270,8 @@ def _clear(target: str, *, overwrite: bool) -> None:
         kind = "a folder" if npy else "a file"
         raise FileExistsError(errno.EEXIST, f"this is {kind}: move it away, or pass another path", target)
     if os.path.lexists(draft):
-        if not overwrite:
+        is_lost = npy and not os.path.lexists(target) and not os.path.lexists(working_of(target))
+        if not overwrite and not is_lost:
             raise exists(target, "there is an unfinished array")
         lock = lock_draft(draft, target)
         if lock is not None:
@@ -361,44 +279,32 @@ def _clear(target: str, *, overwrite: bool) -> None:
     elif os.path.lexists(target) and not overwrite:
         raise exists(target, "it exists")
     if npy:
-        for name in (draft, working_of(target), sidecar.path_of(working_of(target)), f"{working_of(target)}.partial"):
+        for name in (draft, working_of(target), sidecar.path_of(working_of(target)), mark_of(target)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
-    elif os.path.lexists(target) and not _is_array(target) and os.listdir(target):
+    elif os.path.lexists(target) and not is_array(target) and os.listdir(target):
         raise FileExistsError(
             errno.EEXIST, "the folder is not empty, and no Zarr array: move it away, or pass another path", target
         )
 
 
-def _is_array(folder: str) -> bool:
-    """Whether a folder is a Zarr array, of what kind soever, and so may be replaced if that is asked for."""
-    try:
-        return decode_metadata(_read_metadata(folder), folder) is not None
-    except FormatError:
-        with contextlib.suppress(OSError, UnicodeDecodeError), open(os.path.join(folder, _METADATA)) as file:
-            return '"array"' in file.read(1 << 20)
-    except OSError:
-        pass
-    return False
-
-
-def _create_npy(plan: Plan, draft: Draft) -> BlockArray:
+def _create_npy(plan: Plan) -> BlockArray:
     with contextlib.ExitStack() as undo:
-        array = BlockArray(plan, None, partial(write_draft, draft_of(plan.path), draft))
-        undo.callback(array._close, publish=False)
+        array = BlockArray(Files(plan, None))
+        undo.callback(array._files.close, publish=False)
         for name in (draft_of(plan.path), working_of(plan.path), sidecar.path_of(working_of(plan.path))):
             undo.callback(_unlink, name)
-        array._begin()
+        array._files.begin()
         undo.pop_all()
     return array
 
 
-def _create_zarr(plan: Plan, draft: Draft) -> BlockArray:
+def _create_zarr(plan: Plan) -> BlockArray:
     target, metadata = plan.path, plan.metadata
     if metadata is None:
         raise LayoutError("a Zarr array has metadata")
-    parent, name = os.path.split(target)
-    new, old = (os.path.join(parent, f".{name}.{which}") for which in ("new", "old"))
+    parent = os.path.dirname(target)
+    new, old = _aside(target, "new"), _aside(target, "old")
     if plan.reserve:
         _check_space(parent, plan.grid.nbytes, target)
     text = encode_metadata(metadata)
@@ -407,25 +313,39 @@ def _create_zarr(plan: Plan, draft: Draft) -> BlockArray:
     with contextlib.ExitStack() as undo:
         os.mkdir(new)
         undo.callback(shutil.rmtree, new, ignore_errors=True)
-        _write(os.path.join(new, _METADATA), text)
-        _write(os.path.join(new, os.path.basename(draft_of(target))), draft.encode())
+        _write(os.path.join(new, METADATA), text)
+        _write(os.path.join(new, os.path.basename(draft_of(target))), draft_from(plan).encode())
         _os.sync_directory(new)
-        replaced = os.path.lexists(target)
-        if replaced:
+        if not os.path.lexists(target):
+            os.rename(new, target)
+            undo.callback(shutil.rmtree, target, ignore_errors=True)
+        elif _os.exchange(new, target):
+            undo.callback(_os.exchange, new, target)
+        else:
             os.rename(target, old)
             undo.callback(os.rename, old, target)
-        os.rename(new, target)
-        undo.callback(shutil.rmtree, target, ignore_errors=True)
+            os.rename(new, target)
+            undo.callback(shutil.rmtree, target, ignore_errors=True)
         _os.sync_directory(parent)
-        lock = lock_draft(draft_of(target), target)
-        array = BlockArray(plan, lock, _starter(plan))
-        undo.callback(array._close, publish=False)
+        array = BlockArray(Files(plan, lock_draft(draft_of(target), target)))
+        undo.callback(array._files.close, publish=False)
         if math.prod(plan.grid.files) == 1:
-            array._begin()
+            array._files.begin()
         undo.pop_all()
-        if replaced:
-            shutil.rmtree(old, ignore_errors=True)
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
     return array
+
+
+def _aside(target: str, which: str) -> str:
+    parent, name = os.path.split(target)
+    return os.path.join(parent, f".{name}.{which}")
+
+
+def _recover(target: str) -> None:
+    """Put back what was moved aside to be replaced by an array that never came."""
+    if not os.path.lexists(target) and os.path.isdir(old := _aside(target, "old")):
+        os.rename(old, target)
 
 
 def _check_space(folder: str, nbytes: int, path: str) -> None:
@@ -448,104 +368,3 @@ def _unlink(path: str) -> None:
 
 
 # -- what is there --------------------------------------------------------------------------------------
-
-
-def _starter(plan: Plan) -> Callable[[], _disk.FileLock]:
-    """Return what makes the draft of a finished array that is to be written again."""
-    npy = (plan.grid.shape, plan.grid.chunks, plan.grid.dtype.str) if plan.metadata is None else ()
-
-    def start() -> _disk.FileLock:
-        draft = Draft(secrets.token_hex(16), plan.checksum, plan.reserve, plan.keep_journal, True, None, *npy)
-        try:
-            return write_draft(draft_of(plan.path), draft)
-        except FileExistsError:
-            lock = lock_draft(draft_of(plan.path), plan.path)
-            if lock is not None:
-                lock.release()
-            raise OSError(
-                errno.ESTALE, "somebody else has begun to write the array since it was opened: open it again", plan.path
-            ) from None
-
-    return start
-
-
-def _plan_of_npy(target: str, draft: Draft | None, mode: Literal["r", "r+"], options: Options) -> Plan:
-    if draft is not None and os.path.lexists(working_of(target)):
-        if draft.shape is None or draft.chunks is None or draft.dtype is None:
-            raise FormatError(f"the record of the unfinished array {target!r} makes no sense")
-        grid = _grid(check_shape(draft.shape), check_dtype(draft.dtype), draft.chunks, None, npy=True)
-    else:
-        header = read_header(target)
-        if not header.shape:
-            raise FormatError(f"{target!r} has no axis: blockstore's arrays have one at least; numpy.load reads it")
-        chunks = header.shape if header.fortran_order else default_chunks(header.shape, header.dtype)
-        whole = tuple(-(-max(n, 1) // max(c, 1)) * max(c, 1) for n, c in zip(header.shape, chunks, strict=True))
-        grid = Grid(header.shape, header.dtype, tuple(max(c, 1) for c in chunks), whole)
-        if draft is not None and draft.chunks is not None and draft.shape == header.shape:
-            grid = _grid(header.shape, header.dtype, draft.chunks, None, npy=True)
-        if mode == "r+" and (header.fortran_order or header.dtype.names or not _is_writable(header.dtype)):
-            raise FormatError(
-                f"{target!r} is in Fortran order, or of a dtype ({header.dtype}) that blockstore does not write: "
-                "mode='r' reads it"
-            )
-    fill = np.zeros((), grid.dtype)[()]
-    return _plan(target, grid, fill, None, mode, options, draft)
-
-
-def _is_writable(dtype: np.dtype[Any]) -> bool:
-    try:
-        check_dtype(dtype)
-    except TypeError:
-        return False
-    return True
-
-
-def _plan_of_zarr(target: str, draft: Draft | None, mode: Literal["r", "r+"], options: Options) -> Plan:
-    try:
-        metadata = decode_metadata(_read_metadata(target), os.path.join(target, _METADATA))
-    except (FileNotFoundError, NotADirectoryError):
-        _explain_missing(target)
-        raise
-    if mode == "r+" and metadata.index != ShardIndex():
-        raise FormatError(
-            f"{target!r} was made by something else, in a layout that blockstore does not write: mode='r' reads it"
-        )
-    return _plan(target, metadata.grid, metadata.fill_value, metadata, mode, options, draft)
-
-
-def _plan(
-    target: str,
-    grid: Grid,
-    fill: Any,
-    metadata: Metadata | None,
-    mode: Literal["r", "r+"],
-    options: Options,
-    draft: Draft | None,
-) -> Plan:
-    if draft is None:
-        return Plan(target, grid, fill, metadata, mode, options, True, None, False, True)
-    checksum: Any = draft.checksum
-    try:
-        if checksum is not None:
-            checksum_function(checksum)
-    except ValueError as error:
-        raise FormatError(f"the unfinished array {target!r} is of another version: {error}") from None
-    return Plan(
-        target, grid, fill, metadata, mode, options, draft.reserve, checksum, draft.keep_journal, draft.replaces
-    )
-
-
-def _read_metadata(folder: str) -> bytes:
-    with open(os.path.join(folder, _METADATA), "rb") as file:
-        return file.read(MAX_METADATA_NBYTES + 1)
-
-
-def _explain_missing(target: str) -> None:
-    """Say what is at a path that is no Zarr v3 array, if anything is."""
-    if os.path.isfile(target):
-        raise FormatError(f"{target!r} is a file: blockstore's arrays are .npy files and folders of Zarr v3") from None
-    for name in (".zarray", ".zgroup"):
-        if os.path.exists(os.path.join(target, name)):
-            raise FormatError(f"{target!r} is of Zarr v2, blockstore reads v3: zarr.open reads it") from None
-    if os.path.isdir(target):
-        raise FormatError(f"the folder {target!r} has no zarr.json: it is no Zarr v3 array") from None

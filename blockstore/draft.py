@@ -45,6 +45,11 @@ def working_of(path: str) -> str:
     return os.path.join(folder, f".{name}.filling")
 
 
+def mark_of(path: str) -> str:
+    """Return the name of an empty file that says that the ``.npy`` at `path` is incomplete, and to be replaced."""
+    return f"{working_of(path)}.partial"
+
+
 def draft_of(path: str) -> str:
     """Return the name of the draft of the array at `path`."""
     return f"{working_of(path)}.json" if is_npy(path) else os.path.join(path, ".filling.json")

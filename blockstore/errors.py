@@ -298,6 +298,7 @@ class FillError(BlockStoreError, ExceptionGroup[Exception]):
         super().__init__(message, exceptions)
 
     def derive(self, excs: "Sequence[Exception]") -> "FillError":  # type: ignore[override]
+        """Return one of a part of the exceptions, for `split` and `subgroup`."""
         return FillError(self.message, excs, self.indices)
 
     def __reduce__(self) -> "tuple[type[FillError], tuple[str, Sequence[Exception], list[tuple[int, ...]]]]":

@@ -16,7 +16,8 @@ from blockstore import _os
 from blockstore.errors import FormatError, LayoutError, NotRegularFileError
 from blockstore.layouts.grid import Index, ShardLayout
 from blockstore.layouts.npy import MAX_HEADER_NBYTES, NpyHeader, decode_header
-from blockstore.layouts.zarr import Metadata, decode_index
+from blockstore.layouts.shard_index import decode_index
+from blockstore.layouts.zarr import Metadata
 from blockstore.mapped import read_only
 
 _EMPTY = np.uint64((1 << 64) - 1)
@@ -44,10 +45,14 @@ class Published:
         start = layout.start(number) if self.starts is None else int(self.starts[number])
         return np.ndarray(layout.block_shape(number), layout.dtype, self.frozen, start, layout.strides(number))
 
-    def extent(self, number: int) -> tuple[int, int]:
-        """Return where a block starts, and its bytes. Not of an ``.npy`` file of somebody else's."""
+    def raw(self, number: int) -> NDArray[np.uint8]:
+        """Return the bytes of a block that is written, a Zarr edge block's padding included."""
+        if self.starts is not None and self.whole is not None:
+            return np.ascontiguousarray(self.block(number)).reshape(-1).view(np.uint8)
         start, nbytes = self.layout.extent(number)
-        return (start if self.starts is None else int(self.starts[number])), nbytes
+        if self.starts is not None:
+            start = int(self.starts[number])
+        return self.frozen[start : start + nbytes]
 
 
 def read_header(path: str) -> NpyHeader:

@@ -6,100 +6,36 @@ working file is a `BlockStore`, whose journal says which blocks are written; of 
 of an ``.npy`` file, its being there. Offsets are bytes in the file; blocks are numbered as `ShardLayout` does.
 """
 
-import contextlib
 import errno
 import os
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockstore import _os, sidecar
-from blockstore.checksums import ChecksumKind, checksum_function
+from blockstore.checksums import checksum_function
 from blockstore.draft import working_of
 from blockstore.errors import (
     AlreadyWrittenError,
     ClosedStoreError,
     JournalMismatchError,
-    ReadOnlyStoreError,
-    WriterBusyError,
 )
 from blockstore.journal import Journal
-from blockstore.layouts.grid import Grid, Index, ShardLayout
-from blockstore.layouts.npy import encode_header
-from blockstore.layouts.zarr import Metadata, ShardIndex, encode_index
+from blockstore.layouts.grid import Index, ShardLayout
+from blockstore.layouts.shard_index import ShardIndex
 from blockstore.opening import make, reopen
-from blockstore.options import Options
+from blockstore.plan import Plan
 from blockstore.published import Published, read_npy, read_shard
 from blockstore.records import DURABLE, WRITTEN
 from blockstore.resume import peek
 from blockstore.store import BlockStore
 from blockstore.views import Loan
-
-OPEN_FILES = 64
-"""Files of an array that are kept open at once; what nobody is writing is closed, and opened again if need be."""
+from blockstore.working import copy_bytes, make_folders, runs, tidy, unlink
 
 _NEVER = np.int64(2**63 - 1)
-_COPY_NBYTES = 1 << 26
-
-
-@dataclass(slots=True)
-class Plan:
-    """What the shards of one array share."""
-
-    path: str
-    grid: Grid
-    fill_value: np.generic
-    metadata: Metadata | None
-    """None for ``.npy``."""
-    mode: Literal["r", "r+"]
-    options: Options
-    reserve: bool
-    checksum: ChecksumKind | None
-    keep_journal: bool
-    replaces: bool
-    """Whether an ``.npy`` file may be replaced that is not of this array."""
-    is_closed: bool = False
-    opened: "OrderedDict[Shard, None]" = field(default_factory=OrderedDict)
-    """Those that have a file open, the one that was used last at the end."""
-    completed: "deque[Shard]" = field(default_factory=deque)
-    """Those whose last block was written, and which are not published."""
-    lock: Any = field(default_factory=threading.Lock)
-    """Held to change `opened`."""
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return os.path.basename(self.path)
-
-    @property
-    def fill_is_zero(self) -> bool:
-        """Whether the fill value is what a new file holds."""
-        return not any(self.fill_value.tobytes())
-
-    def refuse_writing(self) -> None:
-        """Raise the error that says why nothing may be written, if so."""
-        self.refuse_closed()
-        if self.mode == "r":
-            raise ReadOnlyStoreError(f"{self.path!r} was opened with mode='r', which writes nothing")
-
-    def refuse_closed(self) -> None:
-        """Raise `ClosedStoreError` if the array is closed."""
-        if self.is_closed:
-            raise ClosedStoreError(f"the array {self.path!r} is closed")
-
-    def use(self, shard: "Shard") -> None:
-        """Note that a shard has a file open and is being used; close others if there are too many."""
-        with self.lock:
-            self.opened[shard] = None
-            self.opened.move_to_end(shard)
-            others = [] if len(self.opened) <= OPEN_FILES else list(self.opened)[: len(self.opened) - OPEN_FILES]
-        for other in others:
-            other.rest()
 
 
 class Shard:
@@ -115,6 +51,8 @@ class Shard:
         The number under which the journal has each block, -1 of one that is not written.
     touched : ndarray of bool, shape (count,)
         Of the working file: whether a block may have other bytes than zeros.
+    kind : {"unknown", "none", "working", "published"}
+        What there is of the shard.
     escaped : dict of int to Loan
         What was lent of a block and is still held by somebody.
     """
@@ -130,7 +68,7 @@ class Shard:
         self.escaped: dict[int, Loan] = {}
         self._ledger: Any = None
         self._published: Published | None = None
-        self._kind: Literal["unknown", "none", "working", "published"] = "unknown"
+        self.kind: Literal["unknown", "none", "working", "published"] = "unknown"
         self._sequences: NDArray[np.int64] | None = None
         self._touched: NDArray[np.bool_] | None = None
         self._missing = self.layout.count
@@ -162,14 +100,14 @@ class Shard:
 
     def is_written(self, number: int) -> bool:
         """Whether a block is written."""
-        self._find()
+        self.find()
         if self._sequences is None:
             return False
         return 0 <= int(self._sequences[number]) < self._void_from()
 
     def written(self) -> NDArray[np.bool_]:
         """Return which blocks are written, in order of their numbers: a copy, or a read-only constant."""
-        self._find()
+        self.find()
         if self._sequences is None:
             return np.broadcast_to(np.False_, self.layout.count)
         return np.asarray((self._sequences >= 0) & (self._sequences < self._void_from()))
@@ -177,7 +115,7 @@ class Shard:
     def durable(self) -> NDArray[np.bool_]:
         """Return which blocks survive a power loss, in order of their numbers."""
         written = self.written()
-        if self._sequences is None or self._kind == "published" or self._ledger is None:
+        if self._sequences is None or self.kind == "published" or self._ledger is None:
             return written
         return np.asarray(written & (self._sequences < min(self._ledger.durable_below, _NEVER)))
 
@@ -192,7 +130,7 @@ class Shard:
     @property
     def version(self) -> object:
         """What changes whenever this object has changed the content."""
-        return self._kind, self._missing, None if self._ledger is None else self._ledger._next
+        return self.kind, self._missing, None if self._ledger is None else self._ledger._next
 
     def block_index(self, number: int) -> Index:
         """Return where a block lies in the array's grid of blocks."""
@@ -220,8 +158,8 @@ class Shard:
     def whole(self) -> NDArray[Any] | None:
         """Return all elements of the shard without a copy, if they lie as those of one array; what is not written among
         them means nothing."""
-        self._find()
-        if self._kind == "none":
+        self.find()
+        if self.kind == "none":
             return None
         with self.lock:
             frozen = self._frozen()
@@ -234,16 +172,16 @@ class Shard:
     def _frozen(self) -> "NDArray[np.uint8] | Published":
         """Return what to read from. The lock is held."""
         self.plan.refuse_closed()
-        if self._kind == "working":
+        if self.kind == "working":
             if self.store is None:
-                self._open_working()
+                self.open_working()
             self.plan.use(self)
             frozen = None if self.store is None else self.store._mapped.frozen
             if frozen is None:
                 raise ClosedStoreError(f"the file of a part of {self.plan.path!r} is closed")
             return frozen
         if self._published is None:
-            self._published = self._read_published()
+            self._published = self.read_published()
         self.plan.use(self)
         return self._published
 
@@ -263,12 +201,12 @@ class Shard:
             count *= n
         return ShardIndex().nbytes(count)
 
-    def _find(self) -> None:
+    def find(self) -> None:
         """Find out what there is of this shard, once."""
-        if self._kind != "unknown":
+        if self.kind != "unknown":
             return
         with self.lock:
-            if self._kind != "unknown":
+            if self.kind != "unknown":
                 return
             self.plan.refuse_closed()
             work = working_of(self.path)
@@ -277,9 +215,9 @@ class Shard:
             for _ in range(3):  # somebody else may be publishing it right now
                 try:
                     if work and os.path.lexists(work) and not self._is_linked(work):
-                        self._open_working()
+                        self.open_working()
                         return
-                    self._published = published = self._read_published()
+                    self._published = published = self.read_published()
                 except FileNotFoundError:
                     continue
                 except OSError as error:
@@ -287,9 +225,11 @@ class Shard:
                         raise
                     continue
                 self._believe(published)
+                if work and self.plan.mode == "r+" and os.path.lexists(sidecar.path_of(work)):
+                    tidy(self.plan, self.path)  # whoever published it was interrupted
                 self.plan.use(self)
                 return
-            self._kind = "none"
+            self.kind = "none"
 
     def _is_linked(self, work: str) -> bool:
         """Whether the working file has its final name already: whoever gave it was interrupted."""
@@ -300,10 +240,10 @@ class Shard:
             return False
         if self.plan.mode == "r+":
             os.unlink(work)
-            self._settle_journal(work)
         return True
 
-    def _read_published(self) -> Published:
+    def read_published(self) -> Published:
+        """Map the published file, and check it."""
         if (metadata := self.plan.metadata) is None:
             return read_npy(self.path, self.layout)
         return read_shard(self.path, self.layout, metadata, self.plan.grid.per_shard)
@@ -313,9 +253,9 @@ class Shard:
         if self._sequences is None or not np.array_equal(self._sequences >= 0, published.written):
             self._sequences = np.where(published.written, np.arange(self.layout.count), -1)
         self._missing = int(np.count_nonzero(~published.written))
-        self._kind, self._ledger = "published", None
+        self.kind, self._ledger = "published", None
 
-    def _open_working(self) -> None:
+    def open_working(self) -> None:
         """Open the working file that is there, and believe its journal. The lock is held."""
         work, layout = working_of(self.path), self.layout
         store = reopen(work, self.plan.options, self.plan.mode, blocks=True)
@@ -340,7 +280,7 @@ class Shard:
         self._sequences[numbers] = sequences
         self._touched = np.ones(layout.count, np.bool_)
         self._missing = layout.count - len(numbers)
-        self._kind = "working"
+        self.kind = "working"
         if self._missing == 0:
             self.plan.completed.append(self)
         self.plan.use(self)
@@ -351,15 +291,15 @@ class Shard:
         """Return the working file, to write a block of it; make it if there is none."""
         self.plan.refuse_writing()
         with self.lock:
-            self._find()
-            if self._kind == "published" and not rewrite and self.is_written(number):
+            self.find()
+            if self.kind == "published" and not rewrite and self.is_written(number):
                 raise AlreadyWrittenError(
                     f"cannot write block {self.block_index(number)} of {self.plan.name!r}: it is written, and "
                     "immutable unless rewrite=True is passed"
                 )
             if self.store is None:
-                if self._kind == "working":
-                    self._open_working()
+                if self.kind == "working":
+                    self.open_working()
                 else:
                     self.begin()
             self.plan.use(self)
@@ -367,14 +307,15 @@ class Shard:
                 raise ClosedStoreError(f"the file of a part of {self.plan.path!r} is closed")
             return self.store
 
-    def begin(self) -> None:
+    def begin(self, *, announced: bool = False) -> None:
         """Make the working file: with what was published, if anything, or of zeros. The lock is held."""
-        self._announce()
+        if not announced:
+            self._announce()
         plan, work = self.plan, working_of(self.path)
-        _make_folders(os.path.dirname(work), plan.path)
+        make_folders(os.path.dirname(work), plan.path)
         old = None
-        if self._kind == "published":
-            self._published = old = self._published or self._read_published()
+        if self.kind == "published":
+            self._published = old = self._published or self.read_published()
         copied = old is not None and bool(old.written.any())
         store = make(
             work,
@@ -390,7 +331,7 @@ class Shard:
         store._quiet = True
         self.store, self._ledger, self._published = store, store._ledger, None
         self._touched = np.zeros(self.layout.count, np.bool_) if old is None else old.written.copy()
-        self._kind = "working"
+        self.kind = "working"
 
     def _copy_published(self, file: _os.File, journal: Journal) -> None:
         """Give a new working file what is published, durably, under the numbers that it has in this session."""
@@ -398,32 +339,34 @@ class Shard:
         if old is None:
             return
         digest = None if self.plan.checksum is None else checksum_function(self.plan.checksum)
-        for start, source in _runs(old, self.layout):
-            _copy(file, start, source)
+        for start, source in runs(old, self.layout):
+            copy_bytes(file, start, source)
         _os.sync_file(file)
         for number in np.flatnonzero(old.written).tolist():
             start, nbytes = self.layout.extent(number)
-            at = old.extent(number)[0]
-            checksum = 0 if digest is None else digest(old.frozen[at : at + nbytes])
+            checksum = 0 if digest is None else digest(old.raw(number))
             sequence = int(self.sequences[number])
             journal.append(WRITTEN, sequence, start, start + nbytes, nbytes, number, checksum)
         above = int(self.sequences.max()) + 1
         journal.append(DURABLE, above, 0, above)
         journal.sync()
 
-    # -- publishing -----------------------------------------------------------------------------------
-
     @property
     def is_complete(self) -> bool:
         """Whether every block is written."""
-        self._find()
+        self.find()
         return self._missing == 0 and (self._ledger is None or self._ledger.void_from > int(_NEVER))
 
     @property
     def is_published(self) -> bool:
         """Whether what is written of it is under its final name, and nothing else."""
-        self._find()
-        return self._kind != "working"
+        self.find()
+        return self.kind != "working"
+
+    def become_published(self) -> None:
+        """Note that the working file, which is closed, has its final name. The lock is held."""
+        self.kind, self._ledger, self._touched = "published", None, None
+        self.escaped.clear()
 
     def flush(self) -> int:
         """Make what is written durable; return how many blocks that made so."""
@@ -434,108 +377,6 @@ class Shard:
             if store is self.store:
                 raise
             return 0  # it was published meanwhile, which flushed it
-
-    def publish(self, *, closing: bool = False) -> None:
-        """Flush, and bring the working file under its final name, in one step; do nothing if there is none.
-
-        What is not written stays out. Raises `WriterBusyError` if somebody is writing; when `closing`, what they write
-        is cut off from the file instead, and they get `ClosedStoreError`.
-        """
-        with self.lock:
-            self._find()
-            if self._kind != "working":
-                return
-            if self.store is None:
-                self._open_working()
-            store = self.store
-            if store is None or (not self.written().any() and self.layout.count):
-                return
-            busy = [start for start, held in store._claims.copy().items() if held() is not None]
-            if busy and not closing:
-                number = int(np.searchsorted(self.layout.starts(), busy[0]))
-                raise WriterBusyError(
-                    f"cannot publish {self.plan.name!r}: block {self.block_index(number)} is being written"
-                )
-            store._mapped.cut_off()
-            store.flush()
-            written = self.written()
-            file = store._mapped.file
-            for offset, text in self._frame(written):
-                _os.put_at(file, text, offset)
-            store.sync()
-            store.close()
-            self.store = None
-            self._rename()
-            self._kind, self._ledger, self._touched = "published", None, None
-            self.escaped.clear()
-
-    def _frame(self, written: NDArray[np.bool_]) -> Iterator[tuple[int, bytes]]:
-        """Return what makes the bytes of blocks a file of the format, and where it goes."""
-        layout = self.layout
-        if layout.is_array and written.all():
-            yield 0, encode_header(layout.region, layout.dtype)
-        if self.plan.metadata is not None:
-            yield layout.data_stop, encode_index(layout, self.plan.grid.per_shard, written)
-
-    def _rename(self) -> None:
-        work, directory = working_of(self.path), os.path.dirname(self.path)
-        snapshot = f"{work}.partial"
-        if self.plan.metadata is not None or self.plan.replaces or _same(snapshot, self.path):
-            os.replace(work, self.path)
-        else:
-            try:
-                os.link(work, self.path)
-            except FileExistsError:
-                raise _os.exists(self.path) from None
-            os.unlink(work)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(snapshot)
-        self._settle_journal(work)
-        _os.sync_directory(directory)
-
-    def _settle_journal(self, work: str) -> None:
-        """Remove the journal of a working file that was published, or give it the name that goes with the file's."""
-        with contextlib.suppress(FileNotFoundError):
-            if self.plan.keep_journal:
-                os.replace(sidecar.path_of(work), sidecar.path_of(self.path))
-            else:
-                os.unlink(sidecar.path_of(work))
-        if not self.plan.keep_journal:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(sidecar.path_of(self.path))
-
-    def snapshot(self) -> None:
-        """Put a copy of an incomplete ``.npy`` file under its final name; it is filled further where it is."""
-        with self.lock:
-            self._find()
-            if self._kind == "working" and self.store is None:
-                self._open_working()
-            store = self.store
-            if store is None:
-                return
-            store.flush()
-            layout, written = self.layout, self.written()
-            frozen = store._mapped.frozen
-            if frozen is None:
-                raise ClosedStoreError(f"the array {self.plan.path!r} is closed")
-            directory = os.path.dirname(self.path)
-            source = Published(layout, frozen, written, None, None)
-            partial = f"{working_of(self.path)}.partial"
-            replaces = self.plan.replaces or _same(partial, self.path)
-            with _os.nameless(directory) as (file, name):
-                os.ftruncate(file.fileno(), self.total_nbytes)
-                _os.put_at(file, encode_header(layout.region, layout.dtype), 0)
-                for start, run in _runs(source, layout):
-                    _copy(file, start, run)
-                _os.sync_file(file)
-                if not replaces and os.path.lexists(self.path):
-                    raise _os.exists(self.path)
-                _os.publish(file, name, partial, directory, overwrite=True)
-            with contextlib.ExitStack() as undo:
-                undo.callback(_unlink, f"{partial}.new")
-                os.link(partial, f"{partial}.new")
-                os.replace(f"{partial}.new", self.path)
-            _os.sync_directory(directory)
 
     def verify(self, progress: Callable[[int], object] | None) -> list[int]:
         """Return the numbers of the blocks whose bytes have not the checksum that their journal keeps.
@@ -592,56 +433,11 @@ class Shard:
     def discard(self) -> None:
         """Remove a working file in which nothing is written."""
         with self.lock:
-            self._find()
-            if self._kind == "working" and self.plan.metadata is not None and self.layout.count == self._missing:
+            self.find()
+            if self.kind == "working" and self.plan.metadata is not None and self.layout.count == self._missing:
                 self.close()
                 work = working_of(self.path)
                 for name in (sidecar.path_of(work), work):
-                    _unlink(name)
+                    unlink(name)
                 _os.sync_directory(os.path.dirname(work))
-                self._kind, self._sequences, self._touched, self._ledger = "none", None, None, None
-
-
-def _runs(source: Published, layout: ShardLayout) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Return the bytes of all blocks that are written, as few extents as they make, and where each goes by `layout`."""
-    numbers = np.flatnonzero(source.written)
-    if source.starts is not None:
-        for number in numbers.tolist():
-            start, nbytes = source.extent(number)
-            yield layout.start(number), source.frozen[start : start + nbytes]
-        return
-    breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
-    for first, last in ((run[0], run[-1]) for run in np.split(numbers, breaks) if len(run)):
-        start = layout.start(int(first))
-        stop, nbytes = layout.extent(int(last))
-        yield start, source.frozen[start : stop + nbytes]
-
-
-def _copy(file: _os.File, start: int, source: NDArray[np.uint8]) -> None:
-    for at in range(0, len(source), _COPY_NBYTES):
-        piece = source[at : at + _COPY_NBYTES]
-        if not _os.write_at(file, piece, start + at):
-            _os.put_at(file, piece.tobytes(), start + at)
-
-
-def _same(a: str, b: str) -> bool:
-    try:
-        return os.path.samefile(a, b)
-    except FileNotFoundError:
-        return False
-
-
-def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _make_folders(folder: str, top: str) -> None:
-    """Make the folders of a shard below that of its array, so that they last."""
-    if os.path.isdir(folder):
-        return
-    if len(folder) > len(top):
-        _make_folders(os.path.dirname(folder), top)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(folder)
-    _os.sync_directory(os.path.dirname(folder))
+                self.kind, self._sequences, self._touched, self._ledger = "none", None, None, None

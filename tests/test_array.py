@@ -125,7 +125,7 @@ def test_a_fresh_block_holds_the_fill_value_also_after_an_attempt_that_failed(pa
         a[:] = 6
         raise KeyError
     del a
-    x._close(publish=False)
+    x._files.close(publish=False)
 
     with bs.open_array(path) as x, x.blocks[0, 0].writer() as a:
         assert np.all(a == fill)
@@ -185,3 +185,57 @@ def test_a_receipt_stays_true_through_publishing_and_going_on(tmp_path: Path) ->
         x[0:4] = 2
         assert first.revoked
         assert second.durable
+
+
+def test_publishing_takes_nothing_away_that_is_published(tmp_path: Path) -> None:
+    path = tmp_path / "x.zarr"
+    x = bs.create_array(path, shape=(10, 6), dtype="i4", chunks=(4, 6))
+    x[0:8] = 1
+    x.publish()
+    with pytest.raises(KeyError), x.blocks[0, 0].writer(rewrite=True) as a:
+        a[:] = 2
+        raise KeyError
+    x[8:10] = 3
+    with pytest.raises(bs.NotWrittenError, match=r"block \(0, 0\) is published"):
+        x.publish()
+    x.close()
+    del a
+    with bs.open_array(path, mode="r") as y:
+        assert y.written.tolist() == [[False], [True], [True]]
+    assert zarr_values(path) == [1] * 8 + [0] * 2
+
+    with bs.open_array(path) as x:
+        assert x.fill(number) == 1
+    assert zarr_values(path) == [1] * 8 + [3] * 2
+
+
+def zarr_values(path: Path) -> list[int]:
+    return [int(value) for value in pytest.importorskip("zarr").open_array(path, mode="r")[:, 0]]
+
+
+def test_closing_publishes_what_a_killed_process_left(tmp_path: Path) -> None:
+    path = tmp_path / "x.zarr"
+    x = bs.create_array(path, shape=(10, 6), dtype="i4", chunks=(4, 6))
+    x[0:4] = 1
+    x._files.close(publish=False)
+    bs.open_array(path).close()
+
+    assert zarr_values(path) == [1] * 4 + [0] * 6
+    with bs.open_array(path) as x:
+        assert x.fill(number) == 2
+
+
+def test_a_source_that_lies_in_the_array_itself_is_read_before_it_is_overwritten(path: Path) -> None:
+    with bs.create_array(path, shape=(8,), dtype="i4", chunks=(2,)) as x:
+        x[:] = np.arange(8)
+        x[:] = x[::-1]
+        assert x[:].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
+
+
+def test_an_assignment_that_numpy_refuses_changes_nothing(path: Path) -> None:
+    with bs.create_array(path, shape=(8,), dtype="u1", chunks=(2,)) as x:
+        x[:] = 1
+        for wrong, error in ((300, OverflowError), (["a"] * 8, ValueError), (np.arange(7), ValueError), (1j, TypeError)):
+            with pytest.raises(error):
+                x[:] = wrong
+        assert x[:].tolist() == [1] * 8

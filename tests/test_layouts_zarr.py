@@ -19,20 +19,15 @@ from numpy.typing import NDArray
 from blockstore.errors import DtypeError, FormatError
 from blockstore.layouts.grid import Grid, Index
 from blockstore.layouts.npy import encode_header
-from blockstore.layouts.zarr import (
-    MAX_METADATA_NBYTES,
+from blockstore.layouts.shard_index import ShardIndex, decode_index, encode_index
+from blockstore.layouts.values import (
     SUPPORTED,
-    Metadata,
-    ShardIndex,
     check_dtype,
     check_fill_value,
     decode_fill_value,
-    decode_index,
-    decode_metadata,
     encode_fill_value,
-    encode_index,
-    encode_metadata,
 )
+from blockstore.layouts.zarr import MAX_METADATA_NBYTES, Metadata, decode_metadata, encode_metadata
 
 EMPTY = (1 << 64) - 1
 

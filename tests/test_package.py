@@ -19,7 +19,12 @@ from blockstore import errors
 
 PACKAGE = Path(bs.__file__).parent
 PROJECT = PACKAGE.parent
-SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.glob("*.py"))}
+SOURCES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path.read_text(
+        encoding="utf-8"
+    )
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 every_module = pytest.mark.parametrize("module", list(SOURCES))
 
@@ -60,7 +65,9 @@ def test_nothing_but_checksums_and_the_command_line_needs_an_optional_package() 
     optional = {name: imported_tops(text) - stdlib_and_numpy() for name, text in SOURCES.items()}
 
     needed = {name: tops for name, tops in optional.items() if tops}
-    assert needed == {"checksums": {"crc32c", "xxhash"}, "cli": {"tqdm"}}
+    assert needed.pop("demo") <= {"PIL", "numpy", "skimage", "zarr"}
+    assert needed.pop("cli", set()) <= {"tqdm"}
+    assert needed == {"checksums": {"crc32c", "xxhash"}, "dask": {"dask"}, "fill": {"tqdm"}}
 
 
 def imported_tops(text: str) -> set[str]:
@@ -137,7 +144,7 @@ def test_every_folder_with_modules_is_packed() -> None:
 
 # -- the tree of errors ---------------------------------------------------------------------------
 
-BRANCH = re.compile(r"([│ ]*)[├└]── (\w+) +(?:([\w.]+(?:Error|Operation))(?:\(\w+\))?  )?")
+BRANCH = re.compile(r"([│ ]*)[├└]── (\w+) +(?:([\w.]+(?:Error|Operation|Group))(?:\(\w+\))?  )?")
 ROOT = re.compile(r"(\w+)\((\w+)\)$")
 
 
@@ -195,7 +202,7 @@ def test_every_error_is_also_a_builtin_exception(name: str) -> None:
 def test_every_error_but_the_warnings_is_caught_by_the_base() -> None:
     others = {name for name, error in defined().items() if not issubclass(error, bs.BlockStoreError)}
 
-    assert others == {"EscapedViewWarning", "FileSystemWarning", "JournalDamageWarning"}
+    assert others == {"EscapedViewWarning", "FileSystemWarning", "FingerprintWarning", "JournalDamageWarning"}
 
 
 # -- which module may know which ------------------------------------------------------------------
@@ -224,12 +231,36 @@ LAYERS = [
     "live",
     "store",
     "opening",
+    "layouts",
+    "layouts.grid",
+    "layouts.crc32c",
+    "layouts.npy",
+    "layouts.values",
+    "layouts.shard_index",
+    "layouts.zarr",
+    "indexing",
+    "chunking",
+    "picture",
+    "fill",
+    "draft",
+    "plan",
+    "published",
+    "working",
+    "shard",
+    "publishing",
+    "files",
+    "finding",
+    "blocks",
+    "reading",
+    "array",
+    "creation",
+    "dask",
     "demo",
     "cli",
 ]
 """Each imports only from those above it. `__init__` and `__main__` may import all."""
 
-EVERYTHING_BUT_THE_COMMANDS = "opening"
+THE_PACKAGE = "creation"
 """What importing the package itself amounts to."""
 
 
@@ -248,8 +279,9 @@ def imported_modules(text: str) -> set[str]:
         for name in names:
             package, _, rest = name.partition(".")
             if package == "blockstore":
-                first = rest.partition(".")[0]
-                modules.add(first if first in LAYERS else EVERYTHING_BUT_THE_COMMANDS)
+                parts = rest.split(".")
+                known = [".".join(parts[:count]) for count in (2, 1) if ".".join(parts[:count]) in LAYERS]
+                modules.add(known[0] if known else THE_PACKAGE)
     return modules
 
 
@@ -270,23 +302,23 @@ def test_a_module_imports_only_from_those_above_it(module: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "from blockstore.opening import open",
-        "from blockstore import errors, opening",
+        "from blockstore.creation import open_array",
+        "from blockstore import errors, creation",
         "import blockstore",
         "import blockstore as bs",
-        "import blockstore.opening",
-        "from .opening import open",
-        "from . import opening",
+        "import blockstore.creation",
+        "from .creation import open_array",
+        "from . import creation",
         "from blockstore import create",
-        "def f():\n    from blockstore.opening import open",
+        "def f():\n    from blockstore.creation import open_array",
     ],
 )
 def test_an_import_from_below_is_caught_by_the_same_check(text: str) -> None:
-    assert imports_from_below("views", text) == {"opening"}
+    assert imports_from_below("views", text) == {"creation"}
 
 
 def test_the_package_itself_imports_nothing_below_the_store() -> None:
-    assert imported_modules(SOURCES["__init__"]) & {"demo", "cli"} == set()
+    assert imported_modules(SOURCES["__init__"]) & {"dask", "demo", "cli"} == set()
 
 
 # -- what it never contains -----------------------------------------------------------------------
@@ -301,7 +333,11 @@ def test_no_check_is_an_assert_which_would_vanish_under_optimization(module: str
 
 @every_module
 def test_a_module_is_short_enough_to_be_read_at_once(module: str) -> None:
-    assert len(SOURCES[module].splitlines()) <= (475 if module == "store" else 420)
+    assert len(SOURCES[module].splitlines()) <= LONGER.get(module, 420)
+
+
+LONGER = {"store": 475, "array": 475, "shard": 450}
+"""One noun each, and a third of it docstrings."""
 
 
 @every_module

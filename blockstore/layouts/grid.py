@@ -218,8 +218,8 @@ class ShardLayout:
         )
 
     def strides(self, number: int) -> Index | None:
-        """Return the bytes between elements along each axis of a block; None if it is C-contiguous."""
-        if self.exact or self.block_shape(number)[1:] == self.chunks[1:]:
+        """Return the bytes between elements along each axis of a block; None if its elements are all of its bytes."""
+        if self.exact or self.block_shape(number) == self.chunks:
             return None
         strides: list[int] = []
         step = self.dtype.itemsize

@@ -1,4 +1,4 @@
-"""The texts of Zarr version 3: an array's ``zarr.json``, its fill value, and the index of a shard.
+"""The metadata of a Zarr array of version 3: the text of its ``zarr.json``.
 
 Chunks are uncompressed: codec ``bytes``, alone or within ``sharding_indexed``. What is read comes from anywhere, and
 ends in `FormatError` where it is damaged or says what is not supported. This module opens no file; offsets are bytes
@@ -17,52 +17,34 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from reprlib import repr as short
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
-from blockstore.errors import DtypeError, FormatError
-from blockstore.layouts.crc32c import crc32c
-from blockstore.layouts.grid import Grid, Index, ShardLayout
+from blockstore.errors import FormatError
+from blockstore.layouts.grid import Grid, Index
+from blockstore.layouts.shard_index import ShardIndex
+from blockstore.layouts.values import (
+    SUPPORTED,
+    check_dtype,
+    check_fill_value,
+    decode_fill_value,
+    encode_fill_value,
+)
 
 MAX_METADATA_NBYTES = 1 << 24
 """Bytes of the longest ``zarr.json`` that is read: parsed, it may take 20 times as much memory."""
 
-SUPPORTED: dict[str, np.dtype[Any]] = {
-    name: np.dtype(name)
-    for name in (
-        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-        *("float16", "float32", "float64", "complex64", "complex128"),
-    )
-}
-"""The dtypes that NumPy and the core of Zarr both have, by the name that both give them."""
 
 _MAX_NDIM = 64
 _MAX_NBYTES = 1 << 62
 _MAX_DEPTH = 100
-_EMPTY = (1 << 64) - 1
 _MAX_INT_BITS = 8192
 
 _KEYS = {
     *("zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs"),
     *("attributes", "dimension_names", "storage_transformers"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class ShardIndex:
-    """How the index of a shard is written, and where in the file."""
-
-    location: Literal["start", "end"] = "end"
-    checksum: bool = True
-    """Whether the CRC-32C of the entries follows them."""
-    little: bool = True
-    """Whether the numbers of the entries are little-endian; a checksum always is."""
-
-    def nbytes(self, count: int) -> int:
-        """Return the bytes of the index of a shard of `count` blocks, those beyond the array's edge included."""
-        return 16 * count + 4 * self.checksum
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,203 +65,6 @@ class Metadata:
         """Return the path of a shard's file from the array's folder on, such as ``"c/0/1"``; "/" is between folders."""
         numbers = map(str, shard)
         return self.separator.join(numbers if self.encoding == "v2" else ("c", *numbers))
-
-
-def check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    """Return `dtype` as a `numpy.dtype` that NumPy and Zarr both have; its byte order stays.
-
-    Raises
-    ------
-    DtypeError
-        If it is none of `SUPPORTED`.
-
-    Examples
-    --------
-    >>> check_dtype(">f4"), check_dtype(bool)
-    (dtype('>f4'), dtype('bool'))
-    """
-    try:
-        checked = np.dtype(dtype)
-    except (TypeError, ValueError, SyntaxError) as error:
-        raise DtypeError(f"not a dtype: {dtype!r} ({error})") from None
-    if checked.name not in SUPPORTED:
-        raise DtypeError(f"dtype {checked} is not one of both NumPy and Zarr: supported are {', '.join(SUPPORTED)}")
-    return np.dtype(checked.str)
-
-
-def check_fill_value(value: object, dtype: np.dtype[Any]) -> np.generic:
-    """Return a number as a scalar of a supported dtype.
-
-    Parameters
-    ----------
-    value : int, float, complex, bool, numpy.generic or numpy.ndarray of shape ()
-        A number the dtype has. One of float or complex is rounded; NaN, infinities and -0.0 stay what they are, and a
-        scalar of the dtype itself keeps each bit.
-    dtype : numpy.dtype
-        One that `check_dtype` returned.
-
-    Returns
-    -------
-    numpy.generic
-        Of the dtype in native byte order.
-
-    Raises
-    ------
-    TypeError
-        If `value` is no number, or complex and the dtype is not.
-    ValueError
-        If the dtype does not have it.
-
-    Examples
-    --------
-    >>> check_fill_value(1, np.dtype(">f4")), check_fill_value(0, np.dtype(bool))
-    (np.float32(1.0), np.False_)
-    """
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value[()]
-    if type(value) is dtype.type:
-        return cast(np.generic, value)
-    if not isinstance(value, bool | int | float | complex | np.bool | np.number):
-        raise TypeError(f"fill_value {short(value)} is no number")
-    if isinstance(value, complex | np.complexfloating) and dtype.kind != "c":
-        raise TypeError(f"fill_value {value} is complex, but dtype {dtype.name} is not")
-    if dtype.kind in "biu":
-        return _integer(value, dtype)
-    try:
-        with np.errstate(all="ignore"):
-            scalar: np.generic = dtype.type(value)
-        pairs = zip(_parts(value), _parts(scalar), strict=False)
-        overflow = any(math.isinf(part) and part != given for given, part in pairs)
-    except OverflowError:
-        overflow = True
-    if overflow:
-        raise ValueError(f"fill_value {short(value)} is out of the range of {dtype.name}")
-    return scalar
-
-
-def _parts(value: Any) -> tuple[Any, float]:
-    """Return real and imaginary part, of a scalar of NumPy as floats, which compare with each number exactly."""
-    if isinstance(value, int):
-        return value, 0.0
-    return (float(value.real), float(value.imag)) if isinstance(value, complex | np.inexact) else (value, 0.0)
-
-
-def _integer(value: Any, dtype: np.dtype[Any]) -> np.generic:
-    try:
-        number = int(value)
-    except (OverflowError, ValueError):
-        number = None
-    if number is None or number != value:
-        raise ValueError(f"fill_value {value} is no integer, dtype {dtype.name} has nothing else")
-    low, high = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
-    if not low <= number <= high:
-        raise ValueError(f"fill_value {short(number)} is out of the range of {dtype.name}, {low} to {high}")
-    scalar: np.generic = dtype.type(number)
-    return scalar
-
-
-def encode_fill_value(scalar: np.generic) -> Any:
-    """Return what ``zarr.json`` says of a fill value; `decode_fill_value` returns it to the bit.
-
-    Examples
-    --------
-    >>> [encode_fill_value(a) for a in (np.uint8(3), np.float32("inf"), np.complex64(-0.0))]
-    [3, 'Infinity', [-0.0, 0.0]]
-    """
-    if isinstance(scalar, np.bool | np.integer):
-        return scalar.item()
-    width = scalar.dtype.itemsize // 2 if scalar.dtype.kind == "c" else scalar.dtype.itemsize
-    parts = [_encode_float(bits) for bits in np.frombuffer(scalar.tobytes(), f"u{width}")]
-    return parts if scalar.dtype.kind == "c" else parts[0]
-
-
-def _encode_float(bits: np.unsignedinteger[Any]) -> float | str:
-    width = bits.dtype.itemsize
-    number = float(bits.view(f"f{width}"))
-    if not math.isnan(number):
-        return number if math.isfinite(number) else "Infinity" if number > 0 else "-Infinity"
-    return "NaN" if bits == _nan_bits(width) else f"0x{int(bits):0{2 * width}x}"
-
-
-def _nan_bits(width: int) -> int:
-    """Return the one NaN that is called so: positive, the highest bit of the mantissa alone is set."""
-    return {2: 0x7E00, 4: 0x7FC00000, 8: 0x7FF8000000000000}[width]
-
-
-def decode_fill_value(value: Any, dtype: np.dtype[Any], path: str) -> np.generic:
-    """Return the fill value that a ``zarr.json`` says.
-
-    Parameters
-    ----------
-    value : object
-        What the JSON parser made of it.
-    dtype : numpy.dtype
-        One of `SUPPORTED`, in any byte order.
-    path : str
-        For messages.
-
-    Returns
-    -------
-    numpy.generic
-        Of the dtype in native byte order.
-
-    Raises
-    ------
-    FormatError
-        If it is not of the dtype, or out of its range.
-
-    Examples
-    --------
-    >>> decode_fill_value("0x7fc00001", np.dtype("f4"), "zarr.json").view("u4") == 0x7FC00001
-    np.True_
-    """
-    where = f"fill_value {short(value)} is none of {dtype.name}"
-    if dtype.kind == "b":
-        if not isinstance(value, bool):
-            _damaged(path, where)
-        return np.bool(value)
-    if dtype.kind in "iu":
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        info = np.iinfo(dtype)
-        if not _is_int(value) or not info.min <= value <= info.max:
-            _damaged(path, where)
-        scalar: np.generic = dtype.type(value)
-        return scalar
-    parts = value if dtype.kind == "c" else [value]
-    width = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
-    if not isinstance(parts, list) or len(parts) * width != dtype.itemsize:
-        _damaged(path, where)
-    bits = [_float_bits(part, width) for part in parts]
-    if None in bits:
-        _damaged(path, where)
-    scalar = np.array(bits, f"u{width}").view(dtype.newbyteorder("="))[0]
-    return scalar
-
-
-def _float_bits(value: Any, width: int) -> int | None:
-    """Return the bits of a float of `width` bytes as an integer; None if it is no such float."""
-    if isinstance(value, str):
-        digits = value.removeprefix("0x")
-        if value != digits and len(digits) == 2 * width and set(digits) <= set("0123456789abcdefABCDEF"):
-            return int(digits, 16)
-        if value == "NaN":
-            return _nan_bits(width)
-        if value not in ("Infinity", "-Infinity"):
-            return None
-        number = float(value)
-    elif isinstance(value, float) or _is_int(value):
-        try:
-            number = float(value)
-        except OverflowError:
-            return None
-    else:
-        return None
-    with np.errstate(over="ignore"):
-        rounded = np.array(number).astype(f"f{width}")
-    if np.isinf(rounded) and not isinstance(value, str):
-        return None
-    return int(rounded.view(f"u{width}"))
 
 
 def encode_metadata(metadata: Metadata) -> bytes:
@@ -571,110 +356,3 @@ def _key_encoding(value: Any, path: str) -> tuple[Literal["default", "v2"], Lite
     if separator not in ("/", "."):
         _damaged(path, f"separator {short(separator)} is neither / nor .")
     return ("v2" if name == "v2" else "default"), ("." if separator == "." else "/")
-
-
-def encode_index(layout: ShardLayout, per_shard: Index, written: NDArray[np.bool]) -> bytes:
-    """Return the index of a shard, little-endian, with its checksum.
-
-    Parameters
-    ----------
-    layout : ShardLayout
-        Not `exact`: each block has all its bytes in the file, also at the edge of the array.
-    per_shard : tuple of int
-        Blocks of a shard along each axis, those beyond the edge included, which are empty.
-    written : numpy.ndarray
-        Of shape ``(layout.count,)``: whether a block has been written, in order of their numbers.
-
-    Returns
-    -------
-    bytes
-        ``ShardIndex().nbytes(math.prod(per_shard))``, for the end of the file.
-
-    Raises
-    ------
-    ValueError
-        If `written` has another shape, or the layout is exact.
-
-    Examples
-    --------
-    >>> layout = Grid((3,), np.dtype("u1"), chunks=(2,), shards=(6,)).shard((0,), npy=False)
-    >>> np.frombuffer(encode_index(layout, (3,), np.array([False, True])), "<i8", 6).reshape(3, 2).tolist()
-    [[-1, -1], [4098, 2], [-1, -1]]
-    """
-    if layout.exact or written.shape != (layout.count,):
-        raise ValueError(f"an index of {layout.count} whole blocks needs as many flags: {written.shape} were given")
-    entries = np.full((math.prod(per_shard), 2), _EMPTY, "<u8")
-    numbers = _positions(layout.blocks, per_shard)[written]
-    entries[numbers, 0] = layout.starts()[written]
-    entries[numbers, 1] = layout.block_nbytes
-    encoded = entries.tobytes()
-    return encoded + crc32c(encoded).to_bytes(4, "little")
-
-
-def decode_index(
-    raw: bytes, index: ShardIndex, layout: ShardLayout, per_shard: Index, file_nbytes: int, path: str
-) -> NDArray[np.uint64]:
-    """Return where the blocks of a shard lie in its file.
-
-    Parameters
-    ----------
-    raw : bytes
-        The index, and nothing else: ``index.nbytes(math.prod(per_shard))`` bytes from the start or end of the file.
-    index : ShardIndex
-        How it is written.
-    layout : ShardLayout
-        What blocks there are; where it would put them does not matter.
-    per_shard : tuple of int
-        Blocks of a shard along each axis, those beyond the edge included, whose entries are not looked at.
-    file_nbytes : int
-        Bytes of the file.
-    path : str
-        For messages.
-
-    Returns
-    -------
-    numpy.ndarray
-        Of shape ``(layout.count, 2)``, in order of the blocks' numbers: bytes from the file's start, and of the block,
-        which are `layout.block_nbytes`; both 2**64 - 1 of an empty one.
-
-    Raises
-    ------
-    FormatError
-        If its length or checksum is wrong, a block is not within the file, or not as long as its elements.
-
-    Notes
-    -----
-    O(n) in the entries of the index.
-    """
-    count = math.prod(per_shard)
-    if len(raw) != index.nbytes(count):
-        _damaged(path, f"the index of {count} blocks has {len(raw)} bytes, not {index.nbytes(count)}")
-    if index.checksum and crc32c(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
-        _damaged(path, "the shard's index is damaged: its checksum differs")
-    stored = np.frombuffer(raw, "<u8" if index.little else ">u8", 2 * count).reshape(count, 2)
-    entries = stored[_positions(layout.blocks, per_shard)].astype(np.uint64, copy=False)
-    starts, lengths = entries.T
-    nbytes = layout.block_nbytes
-    empty = (starts == _EMPTY) & (lengths == _EMPTY)
-    for wrong, what in (
-        (lengths != nbytes, f"not the {nbytes} of its elements"),
-        (starts > max(file_nbytes - nbytes, 0), f"which is not within the {file_nbytes} bytes of the file"),
-    ):
-        numbers = np.flatnonzero(wrong & ~empty)
-        if numbers.size:
-            start, length = entries[numbers[0]].tolist()
-            block = layout.inner(int(numbers[0]))
-            _damaged(
-                path, f"the shard's index is damaged: block {block} has {length} bytes from byte {start} on, {what}"
-            )
-    if file_nbytes < nbytes and not empty.all():
-        _damaged(path, f"the shard's index is damaged: blocks of {nbytes} bytes in a file of {file_nbytes}")
-    return entries
-
-
-def _positions(blocks: Index, per_shard: Index) -> NDArray[np.intp]:
-    """Return the number that each block has if those beyond the array's edge count too."""
-    positions = np.zeros(1, np.intp)
-    for n, per in zip(blocks, per_shard, strict=True):
-        positions = (positions[:, np.newaxis] * per + np.arange(n)).reshape(-1)
-    return positions

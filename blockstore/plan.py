@@ -1,0 +1,110 @@
+"""Plan: what the files of one array share: where it is, how it is divided, and how it is written.
+
+The plan knows which of them have a file open, and asks those that rest to close it when there are too many.
+"""
+
+import errno
+import os
+import secrets
+import threading
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from blockstore._disk import FileLock
+from blockstore.checksums import ChecksumKind
+from blockstore.draft import Draft, draft_of, lock_draft, write_draft
+from blockstore.errors import ClosedStoreError, ReadOnlyStoreError
+from blockstore.layouts.grid import Grid
+from blockstore.layouts.zarr import Metadata
+from blockstore.options import Options
+
+OPEN_FILES = 64
+"""Files of an array that are kept open at once; what nobody is writing is closed, and opened again if need be."""
+
+
+class Resting(Protocol):
+    """What the plan asks of a shard."""
+
+    def rest(self) -> None:
+        """Close the file, if nobody is using it."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """What the shards of one array share."""
+
+    path: str
+    grid: Grid
+    fill_value: np.generic
+    metadata: Metadata | None
+    """None for ``.npy``."""
+    mode: Literal["r", "r+"]
+    options: Options
+    reserve: bool
+    checksum: ChecksumKind | None
+    keep_journal: bool
+    replaces: bool
+    """Whether an ``.npy`` file may be replaced that is not of this array."""
+    fingerprint: str | None
+    """The settings that it is filled with, as `canonical` text."""
+    is_closed: bool = False
+    opened: "OrderedDict[Resting, None]" = field(default_factory=OrderedDict)
+    """Those that have a file open, the one that was used last at the end."""
+    completed: "deque[Any]" = field(default_factory=deque)
+    """Those whose last block was written, and which are not published."""
+    lock: Any = field(default_factory=threading.Lock)
+    """Held to change `opened`."""
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return os.path.basename(self.path)
+
+    @property
+    def fill_is_zero(self) -> bool:
+        """Whether the fill value is what a new file holds."""
+        return not any(self.fill_value.tobytes())
+
+    def refuse_writing(self) -> None:
+        """Raise the error that says why nothing may be written, if so."""
+        self.refuse_closed()
+        if self.mode == "r":
+            raise ReadOnlyStoreError(f"{self.path!r} was opened with mode='r', which writes nothing")
+
+    def refuse_closed(self) -> None:
+        """Raise `ClosedStoreError` if the array is closed."""
+        if self.is_closed:
+            raise ClosedStoreError(f"the array {self.path!r} is closed")
+
+    def use(self, shard: Resting) -> None:
+        """Note that a shard has a file open and is being used; close others if there are too many."""
+        with self.lock:
+            self.opened[shard] = None
+            self.opened.move_to_end(shard)
+            others = [] if len(self.opened) <= OPEN_FILES else list(self.opened)[: len(self.opened) - OPEN_FILES]
+        for other in others:
+            other.rest()
+
+
+def draft_from(plan: Plan) -> Draft:
+    """Return what is to be remembered of an array that is planned."""
+    npy = (plan.grid.shape, plan.grid.chunks, plan.grid.dtype.str) if plan.metadata is None else ()
+    return Draft(
+        secrets.token_hex(16), plan.checksum, plan.reserve, plan.keep_journal, plan.replaces, plan.fingerprint, *npy
+    )
+
+
+def start_draft(plan: Plan) -> FileLock:
+    """Make the draft of an array, and return its lock. Raises `OSError` (``ESTALE``) if somebody else has made it."""
+    try:
+        return write_draft(draft_of(plan.path), draft_from(plan))
+    except FileExistsError:
+        lock = lock_draft(draft_of(plan.path), plan.path)
+        if lock is not None:
+            lock.release()
+        raise OSError(
+            errno.ESTALE, "somebody else has begun to write the array since it was opened: open it again", plan.path
+        ) from None

@@ -1,0 +1,71 @@
+"""Working: what it takes to have hidden working files: folders, copies of what is written, and no leftovers.
+
+Offsets are bytes in a file. This module knows files by name, and nothing of how a shard changes from one to the other.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockstore import _os, sidecar
+from blockstore.draft import mark_of, working_of
+from blockstore.journal import is_journal
+from blockstore.layouts.grid import ShardLayout
+from blockstore.plan import Plan
+from blockstore.published import Published
+
+_COPY_NBYTES = 1 << 26
+
+
+def tidy(plan: Plan, path: str) -> None:
+    """Remove what a working file that was published leaves, or give its journal the name that goes with it."""
+    work = working_of(path)
+    if plan.metadata is None:
+        unlink(mark_of(path))
+    with contextlib.suppress(FileNotFoundError):
+        if plan.keep_journal:
+            os.replace(sidecar.path_of(work), sidecar.path_of(path))
+        else:
+            os.unlink(sidecar.path_of(work))
+    if not plan.keep_journal and is_journal(sidecar.path_of(path)):
+        unlink(sidecar.path_of(path))
+
+
+def runs(source: Published, layout: ShardLayout) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Return the bytes of all blocks that are written, as few extents as they make, and where each goes by `layout`."""
+    numbers = np.flatnonzero(source.written)
+    if source.starts is not None:
+        for number in numbers.tolist():
+            yield layout.start(number), source.raw(number)
+        return
+    breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+    for first, last in ((run[0], run[-1]) for run in np.split(numbers, breaks) if len(run)):
+        start = layout.start(int(first))
+        stop, nbytes = layout.extent(int(last))
+        yield start, source.frozen[start : stop + nbytes]
+
+
+def copy_bytes(file: _os.File, start: int, source: NDArray[np.uint8]) -> None:
+    for at in range(0, len(source), _COPY_NBYTES):
+        piece = source[at : at + _COPY_NBYTES]
+        if not _os.write_at(file, piece, start + at):
+            _os.put_at(file, piece.tobytes(), start + at)
+
+
+def unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def make_folders(folder: str, top: str) -> None:
+    """Make the folders of a shard below that of its array, so that they last."""
+    if os.path.isdir(folder):
+        return
+    if len(folder) > len(top):
+        make_folders(os.path.dirname(folder), top)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder)
+    _os.sync_directory(os.path.dirname(folder))
