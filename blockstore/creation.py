@@ -172,7 +172,8 @@ def open_array(
     path : path
         An ``.npy`` file, or the folder of a Zarr v3 array, of blockstore or of anyone.
     mode : {"r+", "r"}
-        Reading and writing, or reading only. One array of one process at a time writes.
+        Reading and writing, or reading only. One array of one process at a time writes. What is read is what stood when
+        a file of the array was first looked at.
     fingerprint : optional
         The settings that it is to be filled with. An unfinished array that was created with others is refused.
     access, guard, escaped

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from blockstore._disk import FileLock
 from blockstore.draft import draft_of
-from blockstore.errors import NotWrittenError
+from blockstore.errors import NotWrittenError, WriterBusyError
 from blockstore.layouts.grid import Index
 from blockstore.plan import Plan, start_draft
 from blockstore.publishing import publish, snapshot
@@ -112,7 +112,11 @@ class Files:
             except IndexError:
                 return
             if shard.is_complete and not shard.is_published:
-                publish(shard)
+                try:
+                    publish(shard)
+                except WriterBusyError:  # the writer of its last block is on its way out
+                    completed.append(shard)
+                    return
 
     def publish(self, *, partial: bool, closing: bool = False) -> None:
         """Publish what is written. See `BlockArray.publish` and `BlockArray.close`."""

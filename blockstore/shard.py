@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,12 +178,18 @@ class Shard:
             self.plan.use(self)
             frozen = None if self.store is None else self.store._mapped.frozen
             if frozen is None:
-                raise ClosedStoreError(f"the file of a part of {self.plan.path!r} is closed")
+                self._refuse()
             return frozen
         if self._published is None:
             self._published = self.read_published()
         self.plan.use(self)
         return self._published
+
+    def _refuse(self) -> NoReturn:
+        """Say why the working file cannot be used."""
+        if self.store is not None and self.store.closed:
+            self.store._refuse()
+        raise ClosedStoreError(f"the file of a part of {self.plan.path!r} is closed")
 
     # -- where it is ----------------------------------------------------------------------------------
 
@@ -304,7 +310,7 @@ class Shard:
                     self.begin()
             self.plan.use(self)
             if self.store is None:
-                raise ClosedStoreError(f"the file of a part of {self.plan.path!r} is closed")
+                self._refuse()
             return self.store
 
     def begin(self, *, announced: bool = False) -> None:
