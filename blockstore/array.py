@@ -405,18 +405,13 @@ class BlockArray:
         blocks = f"{count} block{'s' * (count != 1)} of {self.chunks}"
         if self.closed:
             return f"<BlockArray {self._plan.name!r}: {what}, {blocks}, closed>"
-        written, durable = self._counts()
+        written, durable, looked_at = self._files.counts()
+        files = math.prod(self._grid.files)
+        where = "" if looked_at == files else f" in the {looked_at} of {files} files that were looked at"
         return (
-            f"<BlockArray {self._plan.name!r}: {what}, {blocks}, {written} written, {durable} durable, "
+            f"<BlockArray {self._plan.name!r}: {what}, {blocks}, {written} written, {durable} durable{where}, "
             f'open "{self.mode}">'
         )
-
-    def _counts(self) -> tuple[int, int]:
-        written = durable = 0
-        for shard in self._files.all():
-            written += int(np.count_nonzero(shard.written()))
-            durable += int(np.count_nonzero(shard.durable()))
-        return written, durable
 
     def _repr_html_(self) -> str:
         if self.closed:

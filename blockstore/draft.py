@@ -124,11 +124,11 @@ def read_draft(path: str) -> tuple[_os.File, Draft] | None:
 
 
 def lock_draft(path: str, array: str) -> _disk.FileLock | None:
-    """Hold the lock of the draft of an array, to write it; None if there is none. Raises `StoreInUseError`."""
+    """Hold the lock of the draft of an array, to write it; None if it has none. Raises `StoreInUseError`."""
     try:
         file = _os.open_file(path, writable=True, follow=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    except (FileNotFoundError, NotADirectoryError, LayoutError, NotRegularFileError):
+        return None  # `read_draft` says what is wrong
     try:
         lock = _disk.FileLock(file, path)
     except BlockingIOError:

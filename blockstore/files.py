@@ -16,11 +16,15 @@ from numpy.typing import NDArray
 
 from blockstore._disk import FileLock
 from blockstore.draft import draft_of
-from blockstore.errors import NotWrittenError, WriterBusyError
+from blockstore.errors import LayoutError, NotWrittenError, WriterBusyError
 from blockstore.layouts.grid import Index
 from blockstore.plan import Plan, start_draft
 from blockstore.publishing import publish, snapshot
 from blockstore.shard import Shard
+
+_MANY_BLOCKS = 1 << 32
+_MANY_FILES = 1000
+"""Files that are looked at only to say how an array stands."""
 
 
 class Files:
@@ -70,17 +74,27 @@ class Files:
         """Return what a function says of the blocks of each shard, over the array's grid of blocks."""
         self.plan.refuse_closed()
         grid = self.plan.grid
+        if (count := math.prod(grid.blocks)) > _MANY_BLOCKS:
+            raise LayoutError(f"{count} blocks are too many to be listed: iterate over what is pending")
         over = np.zeros(grid.blocks, np.bool_)
         for shard in self.all():
-            over[grid.shard_blocks(shard.index)] = of(shard).reshape(shard.layout.blocks)
+            shard.find()
+            if shard.kind != "none":
+                over[grid.shard_blocks(shard.index)] = of(shard).reshape(shard.layout.blocks)
         return over
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return how many blocks are written and durable, and in how many files: all, or those that were come to."""
+        many = math.prod(self.plan.grid.files) > _MANY_FILES
+        found = [shard.counts() for shard in (self.known() if many else self.all())]
+        return sum(written for written, _ in found), sum(durable for _, durable in found), len(found)
 
     def pending(self) -> Iterator[Index]:
         """Iterate over the indices of blocks that are not written: shard by shard, as each is when it is come to."""
         self.plan.refuse_closed()
         for shard in self.all():
-            for number in np.flatnonzero(~shard.written()):
-                yield shard.block_index(int(number))
+            for number in shard.pending():
+                yield shard.block_index(number)
 
     def apart(self, data: NDArray[Any]) -> NDArray[Any]:
         """Return data that is to be written, as a copy if it lies in a file that is written meanwhile."""

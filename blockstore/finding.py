@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from blockstore import _os
 from blockstore.checksums import checksum_function
 from blockstore.chunking import default_chunks, divided
 from blockstore.draft import Draft, working_of
-from blockstore.errors import FormatError
+from blockstore.errors import FormatError, LayoutError, NotRegularFileError
 from blockstore.layouts.grid import Grid
 from blockstore.layouts.shard_index import ShardIndex
 from blockstore.layouts.values import check_dtype
@@ -77,7 +78,7 @@ def _plan(
     draft: Draft | None,
 ) -> Plan:
     if draft is None:
-        return Plan(target, grid, fill, metadata, mode, options, True, None, False, True, None)
+        return Plan(target, grid, fill, metadata, mode, options, True, None, False, True, None, is_begun=False)
     checksum: Any = draft.checksum
     try:
         if checksum is not None:
@@ -100,8 +101,12 @@ def _plan(
 
 
 def _read_metadata(folder: str) -> bytes:
-    with open(os.path.join(folder, METADATA), "rb") as file:
-        return file.read(MAX_METADATA_NBYTES + 1)
+    path = os.path.join(folder, METADATA)
+    try:
+        file = _os.open_file(path, writable=False)
+    except (LayoutError, NotRegularFileError) as error:
+        raise FormatError(f"{path!r} is no metadata of a Zarr array: {error}") from None
+    return os.pread(file.fileno(), MAX_METADATA_NBYTES + 1, 0)
 
 
 def _explain_missing(target: str) -> None:

@@ -50,6 +50,8 @@ class Plan:
     """Whether an ``.npy`` file may be replaced that is not of this array."""
     fingerprint: str | None
     """The settings that it is filled with, as `canonical` text."""
+    is_begun: bool = True
+    """Whether there is a draft, without which no hidden file is believed."""
     is_closed: bool = False
     opened: "OrderedDict[Resting, None]" = field(default_factory=OrderedDict)
     """Those that have a file open, the one that was used last at the end."""
@@ -100,11 +102,12 @@ def draft_from(plan: Plan) -> Draft:
 def start_draft(plan: Plan) -> FileLock:
     """Make the draft of an array, and return its lock. Raises `OSError` (``ESTALE``) if somebody else has made it."""
     try:
-        return write_draft(draft_of(plan.path), draft_from(plan))
+        lock = write_draft(draft_of(plan.path), draft_from(plan))
     except FileExistsError:
-        lock = lock_draft(draft_of(plan.path), plan.path)
-        if lock is not None:
-            lock.release()
+        if (held := lock_draft(draft_of(plan.path), plan.path)) is not None:
+            held.release()
         raise OSError(
             errno.ESTALE, "somebody else has begun to write the array since it was opened: open it again", plan.path
         ) from None
+    plan.is_begun = True
+    return lock

@@ -9,7 +9,7 @@ of an ``.npy`` file, its being there. Offsets are bytes in the file; blocks are 
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -21,6 +21,7 @@ from blockstore.draft import working_of
 from blockstore.errors import (
     AlreadyWrittenError,
     ClosedStoreError,
+    FormatError,
     JournalMismatchError,
 )
 from blockstore.journal import Journal
@@ -111,6 +112,18 @@ class Shard:
         if self._sequences is None:
             return np.broadcast_to(np.False_, self.layout.count)
         return np.asarray((self._sequences >= 0) & (self._sequences < self._void_from()))
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many blocks are written, and how many of these are durable."""
+        self.find()
+        if self._sequences is None:
+            return 0, 0
+        return int(np.count_nonzero(self.written())), int(np.count_nonzero(self.durable()))
+
+    def pending(self) -> Iterator[int]:
+        """Iterate over the numbers of blocks that are not written."""
+        self.find()
+        return iter(range(self.layout.count) if self._sequences is None else np.flatnonzero(~self.written()).tolist())
 
     def durable(self) -> NDArray[np.bool_]:
         """Return which blocks survive a power loss, in order of their numbers."""
@@ -215,9 +228,7 @@ class Shard:
             if self.kind != "unknown":
                 return
             self.plan.refuse_closed()
-            work = working_of(self.path)
-            if self.plan.metadata is not None and self.plan.metadata.index is None:
-                work = ""
+            work = working_of(self.path) if self.plan.is_begun else ""
             for _ in range(3):  # somebody else may be publishing it right now
                 try:
                     if work and os.path.lexists(work) and not self._is_linked(work):
@@ -235,6 +246,9 @@ class Shard:
                     tidy(self.plan, self.path)  # whoever published it was interrupted
                 self.plan.use(self)
                 return
+            for name in (work, self.path):
+                if name and os.path.lexists(name):
+                    raise FormatError(f"{name!r} is a link to nothing, or changes all the time")
             self.kind = "none"
 
     def _is_linked(self, work: str) -> bool:
