@@ -14,8 +14,9 @@ PYTEST := -m pytest -m "not slow"
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)-progress/.ready  ## pack a thousand files three ways, check every byte, print a table
-	$(VENV)-progress/bin/python -m blockstore demo
+demo: $(VENV)-demo/.ready  ## make a picture of itself in parallel, be killed halfway, go on, check all of it
+	@rm -f blockstore-demo.png
+	$(VENV)-demo/bin/python -m blockstore demo
 
 test: lint  ## lint, types, the whole suite with the coverage gate; at the same time on plain maps, too
 	$(DEV)/coverage erase
@@ -46,7 +47,7 @@ format: $(VENV)-dev/.ready  ## put the code in order
 	$(DEV)/ruff format .
 
 clean:  ## remove all that these commands make
-	rm -rf .venv-* .asv build dist *.egg-info .coverage* .portable.log .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv-* .asv build dist *.egg-info .coverage* .portable.log blockstore-demo* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(VENV)-NAME has the package as it lies here, with the extra NAME.

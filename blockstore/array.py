@@ -215,6 +215,7 @@ class BlockArray:
 
         def idle() -> None:
             nonlocal last
+            self._files.check()
             self._files.publish_completed()
             if flush_every is not None and time.monotonic() - last >= flush_every:
                 self.flush()
@@ -398,9 +399,9 @@ class BlockArray:
     # -- showing --------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
+        if sys.is_finalizing():  # NumPy may want to import something to name a dtype
+            return f"<BlockArray {self._plan.name!r}>"
         what = f"{self.shape} {self.dtype}"
-        if sys.is_finalizing():
-            return f"<BlockArray {self._plan.name!r}: {what}>"
         count = math.prod(self._grid.blocks)
         blocks = f"{count} block{'s' * (count != 1)} of {self.chunks}"
         if self.closed:

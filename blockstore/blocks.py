@@ -6,7 +6,6 @@ A block is a name: cheap, made when asked for, and the same for everybody. What 
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from itertools import product
 from typing import Any, Protocol
 from weakref import ref
 
@@ -15,12 +14,13 @@ from numpy.typing import NDArray
 
 from blockstore.errors import WriterBusyError
 from blockstore.files import Files
-from blockstore.layouts.grid import Grid, Index
+from blockstore.layouts.grid import Grid, Index, indices
 from blockstore.ranges import AllocatedRange
 from blockstore.receipts import WriteReceipt
 from blockstore.shard import Shard
 from blockstore.store import BlockStore
 from blockstore.views import BYTE, Loan
+from blockstore.writers import start_writeback
 
 
 class BlockRange(AllocatedRange):
@@ -218,7 +218,11 @@ class Block:
             As in `writer`.
         """
         shard, number = self._array._files.place(self.index)
-        return block_range(shard, number, rewrite=rewrite).write(data, rewrite=rewrite)
+        r = block_range(shard, number, rewrite=rewrite)
+        receipt = r.write(data, rewrite=rewrite)
+        if shard.plan.options.access == "dense":
+            start_writeback(r)
+        return receipt
 
     def read(self) -> NDArray[Any]:
         """Return the block, read-only and without a copy; if it is not written, the fill value.
@@ -278,7 +282,7 @@ class BlockGrid:
         return Block(self._array, tuple(index))
 
     def __iter__(self) -> Iterator[Block]:
-        return (Block(self._array, index) for index in product(*map(range, self.shape)))
+        return (Block(self._array, index) for index in indices(self.shape))
 
     def __repr__(self) -> str:
         return f"<BlockGrid of {' x '.join(map(str, self.shape))} blocks>"

@@ -1,31 +1,24 @@
-"""The command line: ``python -m blockstore demo [DIR] [--workers N] [--rounds N] [--keep PATH]``.
+"""The command line: ``python -m blockstore demo [FOLDER] [--workers N] [--size N] [--keep]``.
 
-Tables go to standard output, progress and errors to standard error. The exit code is 0 if every byte was packed and
-verified, 1 if anything was not, 2 for a command that makes no sense, and 130 after Ctrl-C.
+What happens goes to standard output, progress and errors to standard error. The exit code is 0 if everything was
+verified, 1 if anything was not or could not be done, 2 for a command that makes no sense, and 130 after Ctrl-C.
 """
 
 import argparse
 import os
-import statistics
+import shutil
 import sys
-import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
+from blockstore import demo
+from blockstore.errors import BlockStoreError, FileSystemWarning
 
-from blockstore import _disk, _os, demo
-from blockstore.errors import FileSystemWarning
-
-PROMISES = {
-    "": "durable  overlap     receipts  full disk",
-    "blockstore": "yes      impossible  yes       an error at the start",
-    "numpy.memmap": "yes      unchecked   no        kills the process",
-    "file I/O": "yes      unchecked   no        an error on the way",
-}
-"""What each way promises, as the columns of the table."""
+_ERRORS = (OSError, BlockStoreError, demo.DemoError, ModuleNotFoundError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,116 +26,161 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m blockstore", description="Fill large arrays in parallel.")
     command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
         "demo",
-        help="pack every file of a folder into one file, three ways, and check every byte",
-        description="Pack every file of a folder into one file, three ways, and check every byte.",
+        help="make a picture of itself in parallel, be killed halfway, go on, and check all of it",
+        description="Make a picture of itself in parallel, be killed halfway, go on, and check all of it. "
+        "Needs 4 * N * N bytes of disk, leaves the PNG beside FOLDER, and replaces nothing.",
     )
-    command.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="default: the installed NumPy package")
-    command.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="threads")
-    command.add_argument("--rounds", type=_positive, default=5, metavar="N", help="runs of each way; default: 5")
-    command.add_argument("--keep", type=Path, metavar="PATH", help="keep the packed file, and PATH.index beside it")
+    default = Path("blockstore-demo.zarr")
+    command.add_argument("folder", nargs="?", type=Path, default=default, metavar="FOLDER", help=f"default: {default}")
+    command.add_argument("--workers", type=_positive, default=min(os.cpu_count() or 1, 32), metavar="N", help="threads")
+    sizes = f"{', '.join(map(str, demo.SIZES[:-1]))} or {demo.SIZES[-1]}"
+    command.add_argument(
+        "--size", type=int, choices=demo.SIZES, default=1 << 14, metavar="N", help=f"pixels: {sizes}; default: 16384"
+    )
+    command.add_argument("--keep", action="store_true", help="keep FOLDER")
     options = parser.parse_args(argv)
+    picture = Path(f"{str(options.folder).removesuffix('.zarr')}.png")
     try:
-        return run_demo(options.folder or Path(np.__file__).parent, options.workers, options.rounds, options.keep)
+        run_demo(demo.Pyramid(options.folder, options.size), picture, options.workers, keep=options.keep)
     except KeyboardInterrupt:
-        print("interrupted: the temporary files are removed", file=sys.stderr)
+        print("interrupted: what was made is removed", file=sys.stderr)
         return 130
-    except OSError as error:
+    except _ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-def run_demo(folder: Path, workers: int, rounds: int, keep: Path | None = None) -> int:
-    """Pack `folder` `rounds` times in each way, print the table, and return the exit code."""
-    if keep is not None and os.path.lexists(keep):
-        raise FileExistsError(f"{str(keep)!r} exists: --keep replaces nothing")
-    failures: dict[Path, str] = {}
-    sources, empty = demo.find(folder, failures)
-    if not sources:
-        _print_failures(failures)
-        raise FileNotFoundError(f"nothing to pack: no file in {str(folder)!r} has a byte that can be read")
-    timings: dict[str, list[float]] = {name: [] for name in demo.ROADS}
-    packed: dict[str, dict[int, int]] = {}
-    with (
-        tempfile.TemporaryDirectory(prefix="blockstore-demo-", dir=keep.parent if keep else ".") as temporary,
-        _progress(len(sources) * rounds * len(demo.ROADS)) as advance,
-        warnings.catch_warnings(action="ignore", category=FileSystemWarning),
-    ):
-        _print_note(temporary)
-        target = Path(temporary, "packed")
-        work = demo.Work(sources, workers, advance, failures)
-        for name, seconds, starts in demo.runs(target, work, rounds):
-            timings[name].append(seconds)
-            packed[name] = starts
-            if keep and name == "blockstore" and len(timings[name]) == rounds:
-                _keep(target, keep, {start: sources[index] for index, start in starts.items()})
-    _print_table(sources, empty, workers, timings, packed)
-    _print_failures(failures)
-    if failures:
-        return 1
-    print(f"Every byte was compared with its source after each of {rounds * len(timings)} runs.")
     return 0
 
 
-def _print_table(
-    sources: Sequence[demo.Source],
-    empty: int,
-    workers: int,
-    timings: dict[str, list[float]],
-    packed: dict[str, dict[int, int]],
-) -> None:
-    rounds = len(timings["blockstore"])
-    print(f"{len(sources) + empty} files ({empty} empty), {workers} threads, medians of {rounds} rounds\n")
-    print(f"{'':<13} {'files':>7} {'bytes':>14} {'seconds':>8} {'GB/s':>6}  {PROMISES['']}")
-    for name, seconds in timings.items():
-        nbytes, median = sum(sources[index].nbytes for index in packed[name]), statistics.median(seconds)
-        count, speed = len(packed[name]) + empty, nbytes / median / 1e9
-        print(f"{name:<13} {count:>7} {nbytes:>14} {median:>8.3f} {speed:>6.2f}  {PROMISES[name]}")
-    print()
+def run_demo(pyramid: demo.Pyramid, preview: Path, workers: int, *, keep: bool) -> None:
+    """Tell the story, and leave the picture `preview`, and with `keep` the arrays; after an error, leave nothing."""
+    for path in (pyramid.folder, preview):
+        if os.path.lexists(path):
+            raise FileExistsError(f"{str(path)!r} exists: move it away, or name another folder")
+    picture = demo.load_picture()
+    pyramid.folder.mkdir()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FileSystemWarning)
+            seconds = _tell(pyramid, picture, workers)
+        made = pyramid.folder / "preview.png"
+        demo.write_preview(pyramid, made)
+        made.rename(preview)
+        _say(f"7. Wrote {preview}: left all of level {len(seconds) - 1}; right a part of level 0, pixel by pixel.")
+        _print_table(pyramid, seconds)
+    except BaseException:
+        keep = False
+        raise
+    finally:
+        if not keep:
+            with demo.no_ctrl_c():
+                shutil.rmtree(pyramid.folder)
+    if keep:
+        print(f"\n{preview} is yours, and so is {pyramid.folder}: OME-Zarr, for any viewer of that.")
+    else:
+        print(f"\n{preview} is yours to look at. The arrays are removed; --keep would have left them.")
 
 
-def _print_failures(failures: dict[Path, str]) -> None:
-    for path, reason in failures.items():
-        print(f"not packed, or not every time: {path}: {reason}", file=sys.stderr)
+def _tell(pyramid: demo.Pyramid, picture: demo.Pixels, workers: int) -> list[float]:
+    """Do everything, say so step by step, and return the seconds that each level took."""
+    size, seconds, name = pyramid.size, [0.0] * len(pyramid.sizes), pyramid.folder.name
+    last = len(seconds) - 1
+    count = (size // demo.TILE) ** 2
+    _say(f"A picture of {size} x {size} pixels, made of {count} small copies of itself in {workers} threads.\n")
+
+    _print_note(pyramid.create)
+    mosaic = demo.mosaic(picture, size)
+    with pyramid.open(0) as x:
+        blocks, nbytes = len(x.blocks), x.nbytes
+    _say(f"1. Created {name}: levels 0 to {last}, {pyramid.nbytes / 1e6:.0f} MB. Level 0 has {blocks} blocks to fill.")
+
+    _say("2. Another process fills level 0, and is killed halfway (SIGKILL).")
+    with _progress("level 0", nbytes) as advance, _timed(seconds, 0):
+        reported = demo.fill_until_killed(pyramid, picture, workers, advance)
+    with pyramid.open(0) as x:
+        survived = int(x.written.sum())
+    if survived < reported:
+        raise demo.DemoError(f"{reported} blocks were reported, and {survived} survived")
+    _say(f"   It had reported {reported} blocks when it died; opened again, the array has {survived}: none is lost.")
+
+    _say(f"3. Filling goes on with the other {blocks - survived} blocks.")
+    with (
+        _progress("level 0", nbytes, survived * nbytes // blocks) as advance,
+        _timed(seconds, 0),
+        pyramid.open(0, mode="r+") as x,
+    ):
+        filled = x.fill(mosaic, workers=workers, progress=advance)
+    if survived + filled != blocks:
+        raise demo.DemoError(f"{survived} of {blocks} blocks survived, and {filled} were filled")
+
+    _say("4. The other levels: each pixel is the mean of 2 x 2 of the level above, which is read without a copy.")
+    with _progress("other levels", pyramid.nbytes - nbytes) as advance:
+        for level, paint in islice(pyramid.functions(picture), 1, None):
+            with _timed(seconds, level), pyramid.open(level, mode="r+") as x:
+                x.fill(paint, workers=workers, progress=advance)
+
+    _say("5. Verifying: each block against its checksum, and against what it was computed from.")
+    with _progress("verify", pyramid.nbytes) as advance:
+        count = demo.verify(pyramid, picture, workers, advance)
+    _say(f"   All {count} blocks are right.")
+
+    file = pyramid.npy_files(0)[0].relative_to(pyramid.folder).as_posix()
+    _say(f"6. Reading all of it without blockstore: zarr.open_group({name!r}), and the same files by NumPy,")
+    _say(f"   numpy.load('{name}/{file}', mmap_mode='r').")
+    with _progress("compare", pyramid.nbytes) as advance:
+        demo.compare(pyramid, advance)
+    _say("   Both read the same.")
+
+    return seconds
 
 
-def _keep(target: Path, path: Path, sources: dict[int, demo.Source]) -> None:
-    """Give the packed file a second name, and list what is where: start, nbytes and path, one source a line."""
-    os.link(target, path)
-    lines = [f"{start}\t{source.nbytes}\t{source.path}\n" for start, source in sorted(sources.items())]
-    Path(f"{path}.index").write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+def _print_table(pyramid: demo.Pyramid, seconds: Sequence[float]) -> None:
+    print(f"\n{'level':>5}  {'shape':<17} {'files':>5} {'blocks':>6} {'MB':>7} {'seconds':>8} {'GB/s':>6}")
+    for level, taken in enumerate(seconds):
+        with pyramid.open(level) as x:
+            shape, files = " x ".join(map(str, x.shape)), len(pyramid.npy_files(level))
+            row = f"{level:>5}  {shape:<17} {files:>5} {len(x.blocks):>6} {x.nbytes / 1e6:>7.1f}"
+            print(f"{row} {taken:>8.2f} {x.nbytes / taken / 1e9:>6.2f}")
+    print("Seconds are until all is computed and on the disk; of level 0 with what it took to start again.")
+
+
+def _print_note(create: Callable[[], object]) -> None:
+    """Make the arrays, and say once what the file system does not keep, where the library would warn for each."""
+    with warnings.catch_warnings(record=True, action="always", category=FileSystemWarning) as caught:
+        create()
+    if caught:
+        print(f"note: {caught[0].message}", file=sys.stderr)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], object]]:
-    """Yield a function that counts files and shows how many: by tqdm if there is a terminal, or in lines."""
+def _timed(seconds: list[float], level: int) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[level] += time.perf_counter() - began
+
+
+@contextmanager
+def _progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int], object]]:
+    """Yield a function that counts bytes and shows how many: by tqdm if there is a terminal, or in lines."""
     try:
         from tqdm import tqdm
     except ImportError:
         tqdm = None
     if tqdm is not None and sys.stderr.isatty():
-        with tqdm(total=total, unit=" files", leave=False) as bar:
+        with tqdm(desc=f"   {name}", total=total, initial=done, unit="B", unit_scale=True) as bar:
             yield bar.update
         return
-    done = 0
 
-    def advance(count: int) -> None:
+    def advance(nbytes: int) -> None:
         nonlocal done
-        done += count
-        if done * 10 // total > (done - count) * 10 // total:
-            print(f"{done} of {total} files", file=sys.stderr, flush=True)
+        done += nbytes
+        if done * 4 // total > (done - nbytes) * 4 // total:
+            print(f"   {name}: {done * 100 // total} %", file=sys.stderr, flush=True)
 
     yield advance
-
-
-def _print_note(folder: str) -> None:
-    """Say once what the table does not hold for, where the library would warn in each round."""
-    kind = ""
-    with suppress(OSError):
-        kind = _disk.filesystem(_os.File(os.open(folder, os.O_RDONLY)))
-    if kind in _disk.FORGETFUL:
-        print("note: this folder is in memory, where nothing is durable", file=sys.stderr)
-    elif kind in _disk.COPY_ON_WRITE:
-        print(f"note: this folder is on {kind}, where reserved space does not help on a full disk", file=sys.stderr)
 
 
 def _positive(text: str) -> int:

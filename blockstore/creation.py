@@ -91,7 +91,8 @@ def create_array(
         Replace what is there: an ``.npy`` when the new one is published, a Zarr array at once; and what is unfinished.
     reserve : bool
         Reserve the space on the disk, so that a full one is an `OSError` and not a SIGBUS: for an array of one file
-        now, else for each file when its first block is written.
+        now, else for each file when its first block is written. A file in which nothing is written gives its space back
+        when the array is closed.
     access, guard, escaped
         As in `create`; "dense" here, since blocks are written whole.
     checksum : {"crc32", "crc32c", "xxh3"}, optional
@@ -135,7 +136,7 @@ def create_array(
     (3, memmap([0., 1., 2.], dtype=float32))
     """
     target = _target(path)
-    options = Options(access, guard, escaped)
+    options = Options(access, guard, escaped, eager=True)
     if checksum is not None:
         checksum_function(checksum)
     npy = is_npy(target)
@@ -161,6 +162,7 @@ def open_array(
     *,
     mode: Literal["r", "r+"] = "r+",
     fingerprint: Any = None,
+    adopt: bool = False,
     access: Access | None = "dense",
     guard: Guard = "flag",
     escaped: Escaped = "warn",
@@ -176,6 +178,8 @@ def open_array(
         a file of the array was first looked at.
     fingerprint : optional
         The settings that it is to be filled with. An unfinished array that was created with others is refused.
+    adopt : bool
+        Accept the journals of files of the same size: for an unfinished array that was copied, hidden files and all.
     access, guard, escaped
         As in `create_array`. They are not remembered.
 
@@ -218,7 +222,7 @@ def open_array(
     >>> x.close()
     """
     choice("mode", mode, ("r", "r+"))
-    options = Options(access, guard, escaped)
+    options = Options(access, guard, escaped, eager=True)
     target = _target(path)
     lock = None
     with contextlib.ExitStack() as undo:
@@ -229,6 +233,7 @@ def open_array(
         found = read_draft(draft_of(target))
         draft = None if found is None else found[1]
         plan = (plan_of_npy if is_npy(target) else plan_of_zarr)(target, draft, mode, options)
+        plan.adopt = bool(adopt)
         if fingerprint is not None and draft is None:
             plan.fingerprint = canonical(fingerprint)
             warn_of_fingerprint(target)
@@ -243,9 +248,9 @@ def open_array(
 
 
 def _target(path: StrPath) -> str:
-    """Return where an array is or is to be: not the link to it."""
+    """Return where an array is or is to be: of a folder, not the link to it."""
     target = absolute(path)
-    return os.path.realpath(target) if os.path.islink(target) else target
+    return os.path.realpath(target) if os.path.islink(target) and not is_npy(target) else target
 
 
 def _check_npy(

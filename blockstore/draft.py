@@ -31,7 +31,8 @@ from blockstore.errors import (
 )
 
 _VERSION = 1
-_MAX_NBYTES = 1 << 26
+_MAX_NBYTES = 1 << 20
+"""Bytes of the longest draft, and so of a fingerprint."""
 
 
 def is_npy(path: str) -> bool:
@@ -77,16 +78,28 @@ class Draft:
         """Return the text of the file."""
         return json.dumps({"blockstore_draft": _VERSION, **asdict(self)}, indent=1).encode("ascii") + b"\n"
 
+    def _makes_sense(self) -> bool:
+        """Whether what was read from a file is of the types that it should be."""
+        values: dict[str, Any] = asdict(self)
+        if values["fingerprint"] is not None:
+            json.loads(values["fingerprint"])
+        return (
+            isinstance(values["uuid"], str)
+            and isinstance(values["checksum"], str | None)
+            and isinstance(values["dtype"], str | None)
+            and all(isinstance(values[name], bool) for name in ("reserve", "keep_journal", "replaces"))
+            and all(type(n) is int for name in ("shape", "chunks") for n in values[name] or ())
+        )
+
     @staticmethod
     def decode(text: bytes, path: str) -> "Draft":
         """Return the draft that a text holds, or raise `FormatError`."""
         try:
-            values = json.loads(text)
+            values = json.loads(text if len(text) <= _MAX_NBYTES else b"")
             if values.pop("blockstore_draft") == _VERSION:
-                for name in ("shape", "chunks"):
-                    if values[name] is not None:
-                        values[name] = tuple(map(int, values[name]))
-                return Draft(**{field.name: values[field.name] for field in fields(Draft)})
+                draft = Draft(**{field.name: _as_kept(values[field.name]) for field in fields(Draft)})
+                if draft._makes_sense():
+                    return draft
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             pass
         raise FormatError(
@@ -120,7 +133,8 @@ def read_draft(path: str) -> tuple[_os.File, Draft] | None:
         return _os.File(os.open(path, os.O_RDONLY)), Draft.decode(b"", path)
     except NotRegularFileError:
         raise FormatError(f"{path!r} is in the way of the record of an unfinished array: move it away") from None
-    return file, Draft.decode(os.pread(file.fileno(), _MAX_NBYTES, 0), path)
+    size = min(os.fstat(file.fileno()).st_size, _MAX_NBYTES + 1)
+    return file, Draft.decode(os.pread(file.fileno(), size, 0), path)
 
 
 def lock_draft(path: str, array: str) -> _disk.FileLock | None:
@@ -147,13 +161,22 @@ def lock_draft(path: str, array: str) -> _disk.FileLock | None:
 def canonical(fingerprint: Any) -> str:
     """Return settings as text that is the same for equal ones.
 
-    Raises `TypeError` for what JSON cannot say. NumPy's scalars, arrays and dtypes, and paths count as the plain values
-    that they stand for.
+    Raises `TypeError` for what JSON cannot say, and `ValueError` for what is too long. NumPy's scalars, arrays and
+    dtypes, and paths count as the plain values that they stand for.
     """
     try:
-        return json.dumps(fingerprint, sort_keys=True, separators=(",", ":"), default=_plain)
+        text = json.dumps(fingerprint, sort_keys=True, separators=(",", ":"), default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"a fingerprint is what JSON can say, such as a dict of settings: {error}") from None
+    if len(text) > _MAX_NBYTES // 4:  # as JSON within JSON it may grow
+        raise ValueError(
+            f"a fingerprint takes {_MAX_NBYTES // 4} bytes at most, this one {len(text)}: pass a digest of it"
+        )
+    return text
+
+
+def _as_kept(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _plain(value: object) -> object:

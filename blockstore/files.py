@@ -109,6 +109,12 @@ class Files:
             shard.begin(announced=True)
         self._announce()
 
+    def check(self) -> None:
+        """Raise `PoisonedStoreError` if a sync of an open file has failed."""
+        for shard in self.plan.opened.copy():
+            if (store := shard.store) is not None:
+                store._ledger.check()
+
     def flush(self) -> int:
         """Make what is written durable, and publish what is complete; return how many blocks became durable."""
         count = sum(shard.flush() for shard in self.known())

@@ -1,5 +1,6 @@
 """Finding: what array there is at a path, finished or not, of blockstore or of anyone, as the `Plan` to open it by."""
 
+import contextlib
 import json
 import os
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from blockstore import _os
 from blockstore.checksums import checksum_function
 from blockstore.chunking import default_chunks, divided
 from blockstore.draft import Draft, working_of
-from blockstore.errors import FormatError, LayoutError, NotRegularFileError
+from blockstore.errors import DtypeError, FormatError, LayoutError, NotRegularFileError
 from blockstore.layouts.grid import Grid
 from blockstore.layouts.shard_index import ShardIndex
 from blockstore.layouts.values import check_dtype
@@ -26,9 +27,10 @@ METADATA = "zarr.json"
 
 def plan_of_npy(target: str, draft: Draft | None, mode: Literal["r", "r+"], options: Options) -> Plan:
     if draft is not None and os.path.lexists(working_of(target)):
-        if draft.shape is None or draft.chunks is None or draft.dtype is None:
-            raise FormatError(f"the record of the unfinished array {target!r} makes no sense")
-        grid = divided(check_shape(draft.shape), check_dtype(draft.dtype), draft.chunks, None, npy=True)
+        try:
+            grid = divided(check_shape(draft.shape or ()), check_dtype(draft.dtype or ""), draft.chunks, None, npy=True)
+        except (LayoutError, DtypeError) as error:
+            raise FormatError(f"the record of the unfinished array {target!r} makes no sense: {error}") from None
     else:
         header = read_header(target)
         if not header.shape:
@@ -36,8 +38,9 @@ def plan_of_npy(target: str, draft: Draft | None, mode: Literal["r", "r+"], opti
         chunks = header.shape if header.fortran_order else default_chunks(header.shape, header.dtype)
         whole = tuple(-(-max(n, 1) // max(c, 1)) * max(c, 1) for n, c in zip(header.shape, chunks, strict=True))
         grid = Grid(header.shape, header.dtype, tuple(max(c, 1) for c in chunks), whole)
-        if draft is not None and draft.chunks is not None and draft.shape == header.shape:
-            grid = divided(header.shape, header.dtype, draft.chunks, None, npy=True)
+        if draft is not None and draft.shape == header.shape:
+            with contextlib.suppress(LayoutError):
+                grid = divided(header.shape, header.dtype, draft.chunks, None, npy=True)
         if mode == "r+" and (header.fortran_order or header.dtype.names or not _is_writable(header.dtype)):
             raise FormatError(
                 f"{target!r} is in Fortran order, or of a dtype ({header.dtype}) that blockstore does not write: "
@@ -111,8 +114,10 @@ def _read_metadata(folder: str) -> bytes:
 
 def _explain_missing(target: str) -> None:
     """Say what is at a path that is no Zarr v3 array, if anything is."""
-    if os.path.isfile(target):
-        raise FormatError(f"{target!r} is a file: blockstore's arrays are .npy files and folders of Zarr v3") from None
+    if os.path.exists(target) and not os.path.isdir(target):
+        raise FormatError(
+            f"{target!r} is no folder: blockstore's arrays are .npy files and folders of Zarr v3"
+        ) from None
     for name in (".zarray", ".zgroup"):
         if os.path.exists(os.path.join(target, name)):
             raise FormatError(f"{target!r} is of Zarr v2, blockstore reads v3: zarr.open reads it") from None

@@ -8,7 +8,7 @@ from blockstore.allocators import Allocator, ConcurrentAllocator, SequentialAllo
 from blockstore.mapped import MappedFile
 from blockstore.ranges import AllocatedRange
 from blockstore.views import Layout
-from blockstore.writers import DetachedWriter, Writer, sparse_writer
+from blockstore.writers import DetachedWriter, EagerWriter, Writer, sparse_writer
 
 AllocatorKind = Literal["sequential", "concurrent"]
 Access = Literal["dense", "sparse"]
@@ -19,16 +19,25 @@ _ALLOCATORS: dict[str, type[Allocator]] = {"sequential": SequentialAllocator, "c
 
 
 class Options:
-    """What a caller may choose, checked."""
+    """What a caller may choose, checked.
+
+    `eager` is for files that are flushed when they are full: then the disk is to be at work before.
+    """
 
     __slots__ = ("access", "escaped", "sealing", "writer")
 
-    def __init__(self, access: str | None, guard: str, escaped: str) -> None:
+    def __init__(self, access: str | None, guard: str, escaped: str, *, eager: bool = False) -> None:
         self.access = None if access is None else choice("access", access, tuple(_os.ADVICE))
         self.sealing = choice("guard", guard, ("flag", "seal")) == "seal"
         self.escaped = choice("escaped", escaped, ("warn", "raise", "ignore"))
         self.writer: Callable[[AllocatedRange, Layout | None, bool], Writer] = (
-            DetachedWriter if self.sealing else sparse_writer if self.access == "sparse" else Writer
+            DetachedWriter
+            if self.sealing
+            else sparse_writer
+            if self.access == "sparse"
+            else EagerWriter
+            if eager and self.access == "dense"
+            else Writer
         )
 
     def map(self, file: _os.File, *, writable: bool, zeroed: bool = False, advice: str | None = None) -> MappedFile:

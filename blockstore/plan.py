@@ -28,6 +28,8 @@ OPEN_FILES = 64
 class Resting(Protocol):
     """What the plan asks of a shard."""
 
+    store: Any
+
     def rest(self) -> None:
         """Close the file, if nobody is using it."""
 
@@ -52,6 +54,8 @@ class Plan:
     """The settings that it is filled with, as `canonical` text."""
     is_begun: bool = True
     """Whether there is a draft, without which no hidden file is believed."""
+    adopt: bool = False
+    """Whether the journal of another file of the same size is accepted."""
     is_closed: bool = False
     opened: "OrderedDict[Resting, None]" = field(default_factory=OrderedDict)
     """Those that have a file open, the one that was used last at the end."""

@@ -48,12 +48,11 @@ def publish(shard: Shard, *, closing: bool = False) -> None:
                 "since a rewrite of it began: a reader would lose it"
             )
         store._mapped.cut_off()
-        store.flush()
-        written = shard.written()
         file = store._mapped.file
-        for offset, text in _frame(shard, written):
+        for offset, text in _frame(shard, shard.written()):
             _os.put_at(file, text, offset)
-        store.sync()
+        if store.flush() == 0:  # which may have found nothing to do
+            store.sync()
         store.close()
         shard.store = None
         _rename(shard)

@@ -278,9 +278,21 @@ class Shard:
     def open_working(self) -> None:
         """Open the working file that is there, and believe its journal. The lock is held."""
         work, layout = working_of(self.path), self.layout
-        store = reopen(work, self.plan.options, self.plan.mode, blocks=True)
+        try:
+            store = reopen(work, self.plan.options, self.plan.mode, adopt=self.plan.adopt, blocks=True)
+        except JournalMismatchError as error:
+            why = str(error).partition(":")[0]
+            raise JournalMismatchError(
+                f"{why}: adopt=True goes on with an unfinished array that was copied, and "
+                "create_array(overwrite=True) begins anew"
+            ) from None
         store._quiet = True
         try:
+            if store._ledger.is_blank and self.plan.mode == "r+":
+                raise JournalMismatchError(
+                    f"{work!r} has no journal, so that nothing says what of it is written: "
+                    "create_array(overwrite=True) begins anew"
+                )
             receipts, sequences = store._ledger.as_arrays()
             numbers = receipts["tag"].astype(np.int64)
             if (
@@ -412,7 +424,7 @@ class Shard:
             differing: list[int] = store.verify(progress=progress)["tag"].tolist()
             return differing
         file = _os.open_file(self.path, writable=False)
-        found = sidecar.find(self.path, file, writable=False, adopt=False)
+        found = sidecar.find(self.path, file, writable=False, adopt=True)
         if found is None or found.header.checksum is None or published is None:
             why = "it was published without keep_journal=True" if found is None else "it was created without checksum="
             raise ValueError(f"there are no checksums of {self.plan.path!r}: {why}")

@@ -32,11 +32,16 @@ from blockstore.errors import EscapedViewError, EscapedViewWarning, RangeStateEr
 from blockstore.ranges import AllocatedRange
 from blockstore.views import BYTE, Layout, Loan
 
+WRITEBACK_MIN_NBYTES = 1 << 20
+"""Bytes from which it pays to let the disk begin early."""
+
 
 class Writer(Loan):
     """Lends the range as a view on the file's map; made by `AllocatedRange.writer`."""
 
     __slots__ = ("_layout", "_range", "_rewrite")
+
+    _stacklevel = 3
 
     def __init__(self, range_: AllocatedRange, layout: Layout | None, rewrite: bool) -> None:
         self._range = range_
@@ -64,7 +69,7 @@ class Writer(Loan):
             raise self._outside() from None
         try:
             if held or kind is not None or owner._down is not None:
-                self._leave(kind, stacklevel=3)
+                self._leave(kind, stacklevel=self._stacklevel)
             else:
                 del self._root, self._view
                 r._shown = self._layout
@@ -107,6 +112,27 @@ class Writer(Loan):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._range!r}>"
+
+
+class EagerWriter(Writer):
+    """A `Writer` that lets the disk begin with what was written, where that is much."""
+
+    __slots__ = ()
+
+    _stacklevel = 4
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        if kind is None:
+            start_writeback(self._range)
+
+
+def start_writeback(range_: AllocatedRange) -> None:
+    """Let the disk begin with what was written to a range, if that is much; wait for nothing, promise nothing."""
+    if range_._nbytes >= WRITEBACK_MIN_NBYTES:
+        range_._owner._mapped.start_writeback(range_._start, range_._stop)
 
 
 class DetachedWriter(Writer):

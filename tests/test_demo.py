@@ -1,53 +1,31 @@
-"""The demo and its command line: what is packed is what was there, and what goes wrong is said."""
+"""The demo and its command line: what is killed goes on, all readers see the same, and what goes wrong is said."""
 
 import io
+import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import blockstore as bs
-from blockstore import _disk, demo
+from blockstore import demo
 from blockstore.cli import _progress, main
 
-CONTENTS = {
-    "a.txt": b"alpha",
-    "empty.txt": b"",
-    "exact.bin": bytes(range(256)) * 16,
-    "sub/b.bin": b"\1" * 10_000,
-    "sub/deep/c.bin": bytes(100_000),
-}
-NBYTES = sum(map(len, CONTENTS.values()))
+zarr = pytest.importorskip("zarr", reason="the demo needs zarr")
+Image = pytest.importorskip("PIL.Image", reason="the demo needs Pillow")
+pytest.importorskip("skimage", reason="the demo needs scikit-image")
 
-
-@pytest.fixture(autouse=True)
-def _cold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip what only makes timings fair."""
-    monkeypatch.setattr(demo, "_MEMORY", 1)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A small folder of files, with a link and a FIFO, which are no regular files."""
-    for name, data in CONTENTS.items():
-        path = tmp_path / "source" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    if hasattr(os, "mkfifo"):
-        os.mkfifo(tmp_path / "source" / "fifo")
-        os.symlink("a.txt", tmp_path / "source" / "link")
-    return tmp_path / "source"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(bs.__file__).parents[1])}
 
 
 @pytest.fixture
@@ -59,200 +37,361 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def work_on(folder: Path) -> demo.Work:
-    failures: dict[Path, str] = {}
-    sources, _ = demo.find(folder, failures)
-    return demo.Work(sources, 3, lambda count: None, failures)
+@pytest.fixture(scope="module")
+def picture() -> demo.Pixels:
+    return demo.load_picture()
 
 
-def rows(table: str) -> dict[str, list[str]]:
-    """Return the columns of the table's rows, by name."""
-    lines = [line for line in table.splitlines() if line.startswith(tuple(demo.ROADS))]
-    return {line[:13].strip(): line[13:].split() for line in lines}
+def begun(folder: Path, size: int = 1024) -> demo.Pyramid:
+    """Return a pyramid in which nothing is written."""
+    folder.mkdir()
+    pyramid = demo.Pyramid(folder, size)
+    pyramid.create()
+    return pyramid
 
 
-def test_the_table_has_a_row_for_each_way_with_all_files_and_bytes(
-    folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code = main(["demo", str(folder), "--workers", "2", "--rounds", "2"])
-
-    out, err = capsys.readouterr()
-    assert code == 0
-    assert out.startswith("5 files (1 empty), 2 threads, medians of 2 rounds\n")
-    assert {name: row[:2] for name, row in rows(out).items()} == {name: ["5", str(NBYTES)] for name in demo.ROADS}
-    assert out.endswith("Every byte was compared with its source after each of 6 runs.\n")
-    assert err.splitlines()[-1] == "24 of 24 files"
-    assert list(here.iterdir()) == []
+@pytest.fixture
+def pyramid(tmp_path: Path, picture: demo.Pixels) -> demo.Pyramid:
+    """A whole pyramid of 2048 pixels."""
+    pyramid = begun(tmp_path / "x.zarr", 2048)
+    for level, function in pyramid.functions(picture):
+        with pyramid.open(level, mode="r+") as x:
+            x.fill(function)
+    return pyramid
 
 
-def test_the_module_runs_as_a_command(folder: Path, here: Path) -> None:
+def ignored(nbytes: int) -> None:
+    """Take a number of bytes."""
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# -- the whole story ------------------------------------------------------------------------------
+
+
+def test_the_command_is_killed_once_goes_on_and_leaves_what_zarr_numpy_and_eyes_can_read(here: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "blockstore", "demo", str(folder), "--rounds", "1"],
-        env={**os.environ, "PYTHONPATH": str(Path(bs.__file__).parents[1])},
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-m",
+            "blockstore",
+            "demo",
+            "x.zarr",
+            "--size",
+            "2048",
+            "--workers",
+            "2",
+            "--keep",
+        ],
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=60,
     )
 
-    assert (done.returncode, list(rows(done.stdout))) == (0, list(demo.ROADS))
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"had reported (\d+) blocks when it died; .* the array has (\d+): none is lost", done.stdout)
+    assert found
+    reported, survived = map(int, found.groups())
+    assert 24 <= reported <= survived < 48
+    assert f"goes on with the other {48 - survived} blocks" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines() if re.match(r" +\d  3 x", line)]
+    assert [(row[0], row[5], row[6], row[7]) for row in rows] == [
+        ("0", "2048", "1", "48"),
+        ("1", "1024", "3", "24"),
+        ("2", "512", "1", "12"),
+    ]
+
+    files = {0: ["0/c/0/0/0"], 1: [f"1/c/{channel}/0/0" for channel in range(3)], 2: ["2/c/0/0/0"]}
+    shards = {name for level in files.values() for name in level}
+    metadata = {"zarr.json", *(f"{level}/zarr.json" for level in files)}
+    assert names(here) == {"x.png", *(f"x.zarr/{name}" for name in shards | metadata)} | {
+        f"x.zarr/{name}.journal" for name in shards
+    }
+    group = zarr.open_group("x.zarr", mode="r")
+    levels = {level: group[str(level)][...] for level in files}
+    for level, paths in files.items():
+        mapped = [np.load(here / "x.zarr" / path, mmap_mode="r") for path in paths]
+        np.testing.assert_array_equal(np.concatenate(mapped), levels[level])
+    for level in (1, 2):
+        means = levels[level - 1].reshape(3, 2048 >> level, 2, 2048 >> level, 2).mean((2, 4))
+        np.testing.assert_array_equal(levels[level], np.floor(means + 0.5))
+    image = Image.open("x.png")
+    assert (image.size, image.mode) == ((1024, 512), "RGB")
+    pixels = np.moveaxis(np.asarray(image), 2, 0)
+    np.testing.assert_array_equal(pixels[:, :, :512], levels[2])
+    np.testing.assert_array_equal(pixels[:, :, 512:], levels[0][:, 348:860, 819:1331])
 
 
-def test_without_a_folder_it_packs_numpy_itself(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sources, empty = demo.find(Path(np.__file__).parent, {})
+def test_without_keep_the_picture_alone_stays(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--size", "1024", "--workers", "1"]) == 0
 
-    assert main(["demo", "--rounds", "1"]) == 0
-    assert rows(capsys.readouterr().out)["blockstore"][0] == str(len(sources) + empty)
-
-
-def test_kept_files_hold_every_source_where_the_index_says(folder: Path, here: Path, tmp_path: Path) -> None:
-    kept = tmp_path / "kept.bin"
-
-    assert main(["demo", str(folder), "--rounds", "2", "--keep", str(kept)]) == 0
-
-    packed, found = kept.read_bytes(), {}
-    for line in Path(f"{kept}.index").read_text().splitlines():
-        start, nbytes, path = line.split("\t")
-        found[Path(path).relative_to(folder).as_posix()] = packed[int(start) :][: int(nbytes)]
-    assert found == {name: data for name, data in CONTENTS.items() if data}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "kept.bin", "kept.bin.index", "source"]
-
-
-def test_keep_replaces_nothing(folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "mine").write_bytes(b"precious")
-
-    assert main(["demo", str(folder), "--keep", "mine"]) == 1
-    assert capsys.readouterr().err == "error: 'mine' exists: --keep replaces nothing\n"
-    assert (here / "mine").read_bytes() == b"precious"
-
-
-@pytest.mark.parametrize("name", demo.ROADS)
-@pytest.mark.parametrize("path", ["a.txt", "sub/deep/c.bin"])
-def test_verifying_finds_one_wrong_byte(folder: Path, tmp_path: Path, name: str, path: str) -> None:
-    work, target = work_on(folder), tmp_path / "packed"
-    starts = demo.ROADS[name](target, work)
-    index = [source.path for source in work.sources].index(folder / path)
-    where = starts[index] + work.sources[index].nbytes - 1
-
-    demo.verify(target, starts, work)
-    assert work.failures == {}
-
-    data = bytearray(target.read_bytes())
-    data[where] ^= 1
-    target.write_bytes(data)
-    demo.verify(target, starts, work)
-    assert list(work.failures) == [folder / path]
-    assert "are not those of the file" in work.failures[folder / path]
-
-
-@pytest.mark.parametrize("name", demo.ROADS)
-def test_files_that_change_are_reported_and_the_others_are_packed(folder: Path, tmp_path: Path, name: str) -> None:
-    work, target = work_on(folder), tmp_path / "packed"
-    (folder / "a.txt").unlink()
-    (folder / "exact.bin").write_bytes(b"shorter")
-    (folder / "sub" / "b.bin").write_bytes(bytes(10_001))
-
-    starts = demo.ROADS[name](target, work)
-
-    assert work.failures.keys() == {folder / "a.txt", folder / "exact.bin", folder / "sub" / "b.bin"}
-    assert "No such file" in work.failures.pop(folder / "a.txt")
-    assert all("has changed its size" in reason for reason in work.failures.values())
-    assert [work.sources[index].path.name for index in starts] == ["c.bin"]
-    work.failures.clear()
-    demo.verify(target, starts, work)
-    assert work.failures == {}
-
-
-def test_a_file_that_vanishes_before_it_is_verified_is_reported(folder: Path, tmp_path: Path) -> None:
-    work, target = work_on(folder), tmp_path / "packed"
-    starts = demo.with_blockstore(target, work)
-    (folder / "a.txt").unlink()
-
-    demo.verify(target, starts, work)
-
-    assert list(work.failures) == [folder / "a.txt"]
-
-
-def test_a_failure_makes_the_exit_code_1_and_is_printed(
-    folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pack = demo.with_memmap
-
-    def pack_and_spoil(target: Path, work: demo.Work) -> dict[int, int]:
-        starts = pack(target, work)
-        with open(target, "r+b") as file:
-            file.seek(starts[0])
-            file.write(b"A")
-        return starts
-
-    monkeypatch.setitem(demo.ROADS, "numpy.memmap", pack_and_spoil)
-
-    assert main(["demo", str(folder), "--rounds", "1"]) == 1
+    assert names(here) == {"blockstore-demo.png"}
+    assert list(here.iterdir()) == [here / "blockstore-demo.png"]
     out, err = capsys.readouterr()
-    assert "Every byte" not in out
-    assert f"not packed, or not every time: {folder / 'a.txt'}: bytes [0, 5) of packed are not" in err
+    assert "All 36 blocks are right." in out
+    assert out.endswith(
+        "\nblockstore-demo.png is yours to look at. The arrays are removed; --keep would have left them.\n"
+    )
+    assert err.splitlines()[-1] == "   compare: 100 %"
 
 
-@contextmanager
-def without_privileges() -> Iterator[None]:
-    """Let permissions count for root, too."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
+def test_the_filling_is_really_killed_and_goes_on_in_another_process(here: Path, picture: demo.Pixels) -> None:
+    pyramid, nbytes = begun(here / "x.zarr"), list[int]()
+
+    reported = demo.fill_until_killed(pyramid, picture, 2, nbytes.append)
+
+    assert (reported, sum(nbytes)) == (12, 12 * 128 * 1024)
+    assert pyramid.npy_files(0) == []  # a process that closes the array publishes what is written
+    with pyramid.open(0, mode="r+") as x:
+        survived = int(x.written.sum())
+        assert reported <= survived < 24
+        assert x.fill(demo.mosaic(picture, 1024)) == 24 - survived
+        assert [x.blocks[index].index for index in x.verify()] == []
+
+
+def test_going_on_with_other_settings_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyramid = begun(here / "x.zarr")
+    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, "tile": 64})
+
+    with pytest.raises(bs.FingerprintError):
+        pyramid.open(0, mode="r+")
+
+
+# -- what is computed -----------------------------------------------------------------------------
+
+
+def test_each_tile_is_the_picture_turned_in_the_colour_that_is_there(pyramid: demo.Pyramid, picture: Any) -> None:
+    small = picture.reshape(3, 128, 4, 128, 4).mean((2, 4))
+    detail = np.trunc((small - small.mean((1, 2), keepdims=True)) / 2)
+    ways = [np.rot90(way, turns, (1, 2)) for way in (detail, np.flip(detail, 2)) for turns in range(4)]
+    with pyramid.open(0) as x:
+        level = x[...]
+
+    chosen = []
+    for row in range(16):
+        for column in range(16):
+            tile = level[:, row * 128 : row * 128 + 128, column * 128 : column * 128 + 128]
+            colour = picture[:, row * 32 : row * 32 + 32, column * 32 : column * 32 + 32].mean((1, 2)).astype(int)
+            fits = [np.array_equal(tile, np.clip(way + colour[:, None, None], 0, 255)) for way in ways]
+            assert fits.count(True) == 1
+            chosen.append(fits.index(True))
+    assert set(chosen) == set(range(8))
+
+
+def test_the_group_tells_viewers_which_levels_there_are(pyramid: demo.Pyramid) -> None:
+    text = json.loads((pyramid.folder / "zarr.json").read_text())
+
+    ome = text["attributes"]["ome"]
+    (multiscale,) = ome["multiscales"]
+    assert ome["version"] == "0.5"
+    assert [axis["name"] for axis in multiscale["axes"]] == ["c", "y", "x"]
+    for number, dataset in enumerate(multiscale["datasets"]):
+        x = zarr.open_group(pyramid.folder, mode="r")[dataset["path"]]
+        (transformation,) = dataset["coordinateTransformations"]
+        assert x.metadata.dimension_names == ("c", "y", "x")
+        assert x.shape == (3, 2048 >> number, 2048 >> number)
+        assert transformation == {"type": "scale", "scale": [1, 2**number, 2**number]}
+
+
+# -- what goes wrong is found ---------------------------------------------------------------------
+
+
+def spoil(path: Path, old: bytes, new: bytes) -> None:
+    data = bytearray(path.read_bytes())
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+
+
+@pytest.mark.parametrize("file", ["0/c/0/0/0", "1/c/2/0/0", "2/c/0/0/0"])
+def test_verifying_finds_one_wrong_byte(pyramid: demo.Pyramid, picture: demo.Pixels, file: str) -> None:
+    assert demo.verify(pyramid, picture, 2, ignored) == 84
+
+    with open(pyramid.folder / file, "r+b") as shard:
+        shard.seek(4096 + 1)
+        byte = shard.read(1)[0]
+        shard.seek(4096 + 1)
+        shard.write(bytes([byte ^ 1]))
+
+    channel = int(file[4])
+    with pytest.raises(demo.DemoError, match=rf"block \({channel}, 0, 0\) of level {file[0]} is not what was written"):
+        demo.verify(pyramid, picture, 2, ignored)
+
+
+def test_verifying_finds_what_was_computed_wrong(pyramid: demo.Pyramid, picture: demo.Pixels) -> None:
+    with pyramid.open(2, mode="r") as x:
+        wrong = x[...] ^ np.uint8(1)
+    shutil.rmtree(pyramid.folder / "2")
+    with bs.create_array(
+        pyramid.folder / "2",
+        shape=(3, 512, 512),
+        dtype="u1",
+        chunks=(1, 128, 512),
+        checksum="crc32",
+        keep_journal=True,
+    ) as x:
+        x[...] = wrong
+
+    with pytest.raises(demo.DemoError, match=r"block \(0, 0, 0\) of level 2 is not"):
+        demo.verify(pyramid, picture, 2, ignored)
+
+
+def test_comparing_finds_what_the_readers_see_otherwise(pyramid: demo.Pyramid) -> None:
+    nbytes: list[int] = []
+    demo.compare(pyramid, nbytes.append)
+    assert sum(nbytes) == pyramid.nbytes
+
+    spoil(pyramid.folder / "1/c/2/0/0", b"'|u1'", b"'|i1'")
+
+    with pytest.raises(demo.DemoError, match=r"differ in .* of channel 2 of level 1"):
+        demo.compare(pyramid, ignored)
+
+
+def test_what_ends_the_filling_by_itself_comes_to_the_parent(here: Path, picture: demo.Pixels) -> None:
+    pyramid = begun(here / "x.zarr")
+    shutil.rmtree(pyramid.folder / "0")
+
+    with pytest.raises(FileNotFoundError):
+        demo.fill_until_killed(pyramid, picture, 1, ignored)
+
+
+def end_at_once(*arguments: object) -> None:
+    """Stand for a process that fills, and is killed by somebody else."""
+    os._exit(1)
+
+
+def test_a_process_that_somebody_else_killed_is_reported(
+    here: Path, picture: demo.Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_fill_for", end_at_once)
+
+    with pytest.raises(demo.DemoError, match="was killed by somebody else"):
+        demo.fill_until_killed(begun(here / "x.zarr"), picture, 1, ignored)
+
+
+class Pipe:
+    """The end of a pipe that the child of `fill_until_killed` has: it is told to go on, `count` times."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.sent: list[Any] = []
+
+    def recv(self) -> str:
+        if not self.count:
+            raise EOFError
+        self.count -= 1
+        return "go on"
+
+    def send(self, answer: object) -> None:
+        self.sent.append(answer)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_the_filling_ends_when_its_parent_is_gone(here: Path, picture: demo.Pixels, count: int) -> None:
+    pyramid, pipe, before = begun(here / "x.zarr"), Pipe(count), signal.getsignal(signal.SIGINT)
     try:
-        yield
+        demo._fill_for(pipe, pyramid, picture, 1)  # type: ignore[arg-type]
     finally:
-        if root:
-            os.seteuid(0)
+        signal.signal(signal.SIGINT, before)
+
+    assert len(pipe.sent) == count
+    with pyramid.open(0) as x:
+        assert sum(pipe.sent) <= x.written.sum() * 128 * 1024 < x.nbytes
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="POSIX permissions")
-def test_what_may_not_be_read_is_reported_and_the_rest_is_found() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        (folder / "closed").mkdir(mode=0)
-        (folder / "secret").write_bytes(b"x")
-        (folder / "secret").chmod(0)
-        (folder / "open").write_bytes(b"y")
-        failures: dict[Path, str] = {}
+@pytest.mark.parametrize(
+    ("reported", "survived", "message"),
+    [(5, 4, "5 blocks were reported, and 4 survived"), (3, 4, "4 of 24 blocks survived, and 19 were filled")],
+    ids=["lost", "filled-too-few"],
+)
+def test_what_does_not_add_up_is_exit_code_1(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    reported: int,
+    survived: int,
+    message: str,
+) -> None:
+    def fill_some(pyramid: demo.Pyramid, picture: demo.Pixels, *_: object) -> int:
+        with pyramid.open(0, mode="r+") as x:
+            for index in range(survived):
+                x.blocks[0, index, 0].write(np.zeros((1, 128, 1024), np.uint8))
+        return reported
 
-        with without_privileges():
-            sources, empty = demo.find(folder, failures)
+    fill = bs.BlockArray.fill
+    monkeypatch.setattr(demo, "fill_until_killed", fill_some)
+    monkeypatch.setattr(bs.BlockArray, "fill", lambda self, *args, **options: fill(self, *args, **options) - 1)
 
-        assert (sources, empty) == ([demo.Source(folder / "open", 1)], 0)
-        assert failures.keys() == {folder / "closed", folder / "secret"}
-        (folder / "closed").chmod(0o700)
+    assert main(["demo", "--size", "1024"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
+    assert list(here.iterdir()) == []
+
+
+# -- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing"], "there is no folder 'missing'"),
-        (["file"], "there is no folder 'file'"),
-        (["nothing"], "nothing to pack: no file in 'nothing' has a byte that can be read"),
-        (["some", "--keep", "missing/kept"], "No such file or directory"),
+        (["folder"], "'folder' exists: move it away, or name another folder"),
+        (["."], "'.' exists: move it away, or name another folder"),
+        (["file"], "'file' exists: move it away, or name another folder"),
+        (["link"], "'link' exists: move it away, or name another folder"),
+        (["mine.zarr"], "'mine.png' exists: move it away, or name another folder"),
+        (["missing/x.zarr"], "No such file or directory: 'missing/x.zarr'"),
+        (["file/x.zarr"], "Not a directory: 'file/x.zarr'"),
     ],
-    ids=["missing", "file", "only-empty-files", "keep-in-missing"],
+    ids=["folder", "here", "file", "dangling-link", "picture", "below-missing", "below-a-file"],
 )
-def test_bad_input_is_one_line_and_exit_code_1(
+def test_what_is_in_the_way_is_one_line_and_exit_code_1(
     here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    (here / "file").write_bytes(b"x")
-    (here / "nothing").mkdir()
-    (here / "nothing" / "empty").touch()
-    (here / "some").mkdir()
-    (here / "some" / "file").write_bytes(b"x")
+    (here / "folder").mkdir()
+    (here / "file").write_bytes(b"precious")
+    (here / "mine.png").write_bytes(b"precious")
+    (here / "link").symlink_to("nowhere")
 
-    assert main(["demo", *arguments]) == 1
+    assert main(["demo", *arguments, "--size", "1024"]) == 1
 
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
+    assert {path.name for path in here.iterdir()} == {"folder", "file", "mine.png", "link"}
+    assert (here / "mine.png").read_bytes() == (here / "file").read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo", "--workers", "0"], ["demo", "--rounds", "x"], ["dance"]])
+def test_a_disk_that_is_too_small_says_so_and_nothing_stays(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "SIZES", [1 << 26])
+
+    assert main(["demo", "--size", str(1 << 26)]) == 1
+    assert re.search(r"error: .*cannot reserve \d+ bytes: the disk has \d+ bytes left", capsys.readouterr().err)
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["skimage", "PIL", "zarr"])
+def test_a_package_that_is_missing_is_named(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    for module in [each for each in sys.modules if each.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().err == f"error: the demo needs {name}: pip install 'ndblockstore[demo]'\n"
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["demo", "--workers", "0"], ["demo", "--size", "1000"], ["demo", "--size", "x"], ["dance"]]
+)
 def test_a_command_that_makes_no_sense_is_exit_code_2(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,10 +404,13 @@ def test_a_command_that_makes_no_sense_is_exit_code_2(
     assert "usage: python -m blockstore" in capsys.readouterr().err
 
 
+# -- Ctrl-C ---------------------------------------------------------------------------------------
+
+
 def stopped(process: "subprocess.Popen[str]") -> list[str]:
     """Press Ctrl-C until it works, since Python ignores one that comes while it finalizes an object."""
     for _ in range(12):
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=5)[1].splitlines()
     process.kill()
@@ -276,66 +418,44 @@ def stopped(process: "subprocess.Popen[str]") -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_ctrl_c_leaves_nothing_behind(folder: Path, here: Path) -> None:
+@pytest.mark.parametrize("step", ["2", "3", "5"], ids=["in-the-child", "going-on", "verifying"])
+def test_ctrl_c_leaves_nothing_and_nobody_behind(here: Path, step: str) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background hands on that it is ignored
     process = subprocess.Popen(
-        [sys.executable, "-m", "blockstore", "demo", str(folder), "--rounds", "1000000"],
-        env={**os.environ, "PYTHONPATH": str(Path(bs.__file__).parents[1])},
+        [sys.executable, "-m", "blockstore", "demo", "--size", "4096"],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0,
     )
     signal.signal(signal.SIGINT, before)
-    while not list(here.glob("blockstore-demo-*/packed")):
+    assert process.stdout
+    while not process.stdout.readline().startswith(f"{step}. "):
         assert process.poll() is None
 
-    assert stopped(process)[-1] == "interrupted: the temporary files are removed"
+    errors = stopped(process)  # which also waits for the process that fills, since that has the same stderr
+
+    assert errors[-1] == "interrupted: what was made is removed"
+    assert all(re.fullmatch(r"   [a-z0-9 ]+: \d+ %", line) for line in errors[:-1])
     assert process.returncode == 130
     assert list(here.iterdir()) == []
 
 
 def test_an_interrupt_is_exit_code_130(
-    folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(target: Path, work: demo.Work) -> dict[int, int]:
-        target.write_bytes(b"half")
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(demo.ROADS, "file I/O", interrupt)
+    monkeypatch.setattr(demo, "write_preview", interrupt)
 
-    assert main(["demo", str(folder)]) == 130
-    assert capsys.readouterr().err.endswith("interrupted: the temporary files are removed\n")
+    assert main(["demo", "--size", "1024", "--keep"]) == 130
+    assert capsys.readouterr().err.endswith("interrupted: what was made is removed\n")
     assert list(here.iterdir()) == []
 
 
-def test_an_interrupt_stops_the_threads_at_the_file_they_are_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work, started, joined = work_on(folder), [], threading.Event()
-
-    class Pool(ThreadPoolExecutor):
-        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-            joined.set()
-            super().shutdown(wait, cancel_futures=cancel_futures)
-
-    def interrupt(count: int) -> None:
-        raise KeyboardInterrupt
-
-    def call(index: int, source: demo.Source) -> None:
-        started.append(index)
-        joined.wait()
-
-    monkeypatch.setattr(demo, "ThreadPoolExecutor", Pool)
-    work.workers, work.advance = 1, interrupt
-    with pytest.raises(KeyboardInterrupt):
-        work.each(call)
-
-    assert started == [0]
-
-
-def test_an_error_that_is_no_files_fault_ends_the_run(folder: Path) -> None:
-    def call(index: int, source: demo.Source) -> None:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        work_on(folder).each(call)
+# -- progress and notes ---------------------------------------------------------------------------
 
 
 class Terminal(io.StringIO):
@@ -345,68 +465,49 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_plain_lines_come_for_each_tenth_of_the_files(capsys: pytest.CaptureFixture[str]) -> None:
-    with _progress(70) as advance:
-        for _ in range(35):
+def test_plain_lines_come_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
+    with _progress("some", 70, 20) as advance:
+        for _ in range(25):
             advance(2)
 
-    assert capsys.readouterr().err.splitlines() == [
-        f"{done} of 70 files" for done in (8, 14, 22, 28, 36, 42, 50, 56, 64, 70)
-    ]
+    assert capsys.readouterr().err.splitlines() == ["   some: 51 %", "   some: 77 %", "   some: 100 %"]
 
 
-def test_tqdm_shows_a_bar_on_a_terminal(folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tqdm = pytest.importorskip("tqdm")
+def test_tqdm_shows_a_bar_on_a_terminal_that_begins_with_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    tqdm = pytest.importorskip("tqdm", reason="bars are tqdm's")
     monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)  # no thread that stays
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
 
-    assert main(["demo", str(folder), "--rounds", "1"]) == 0
-    assert "| 0/12 [" in terminal.getvalue()
+    with _progress("some", 1000, 500) as advance:
+        advance(500)
+
+    first, last = terminal.getvalue().strip().split("\r")
+    assert re.match(r"some:  50%\|.* 500/1\.00k \[", first)
+    assert re.match(r" *some: 100%\|.* 1\.00k/1\.00k \[", last)
 
 
-def test_without_tqdm_a_terminal_gets_lines(folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tqdm_a_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
 
-    assert main(["demo", str(folder), "--rounds", "1"]) == 0
-    assert terminal.getvalue().splitlines()[-1] == "12 of 12 files"
+    with _progress("some", 1000) as advance:
+        advance(1000)
+
+    assert terminal.getvalue() == "   some: 100 %\n"
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no folder that is known to be in memory")
-def test_a_folder_in_memory_is_said_to_be_no_disk(folder: Path) -> None:
+def test_what_the_file_system_cannot_keep_is_said_once() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         done = subprocess.run(
-            [sys.executable, "-m", "blockstore", "demo", str(folder), "--rounds", "2", "--keep", f"{memory}/kept"],
-            env={**os.environ, "PYTHONPATH": str(Path(bs.__file__).parents[1])},
+            [sys.executable, "-m", "blockstore", "demo", f"{memory}/x.zarr", "--size", "2048"],
+            env=ENVIRONMENT,
             capture_output=True,
             text=True,
             timeout=60,
         )
 
-    assert (done.returncode, list(rows(done.stdout))) == (0, list(demo.ROADS))
+    assert done.returncode == 0
     first, *others = done.stderr.splitlines()
-    assert first == "note: this folder is in memory, where nothing is durable"
-    assert all(re.fullmatch(r"\d+ of 24 files", line) for line in others)
-
-
-def test_a_folder_where_reserving_protects_nothing_is_said_to_be_one(
-    folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(_disk, "filesystem", lambda file: "btrfs")
-
-    assert main(["demo", str(folder), "--rounds", "1"]) == 0
-
-    note = "note: this folder is on btrfs, where reserved space does not help on a full disk"
-    assert capsys.readouterr().err.splitlines()[0] == note
-
-
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_a_run_leaves_no_journal_to_the_next_one(folder: Path, tmp_path: Path, rounds: int) -> None:
-    target, beside = tmp_path / "packed", []
-
-    for name, _, starts in demo.runs(target, work := work_on(folder), rounds):
-        beside.append((name, (tmp_path / "packed.journal").exists()))
-        assert len(starts) == len(work.sources)
-
-    assert sorted(beside) == sorted([(name, name == "blockstore") for name in demo.ROADS] * rounds)
-    assert (sorted(path.name for path in tmp_path.iterdir()), work.failures) == (["source"], {})
+    assert re.match("note: .* in memory", first)
+    assert all(re.fullmatch(r"   [a-z0-9 ]+: \d+ %", line) for line in others)

@@ -17,7 +17,6 @@ Examples
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -88,7 +87,7 @@ class Grid:
 
     def shard_indices(self) -> Iterator[Index]:
         """Iterate over the indices of all shards, in C order."""
-        return product(*map(range, self.files))
+        return indices(self.files)
 
     def shard_blocks(self, shard: Index) -> tuple[slice, ...]:
         """Return which blocks of the array lie in a shard, as slices of the grid of blocks."""
@@ -227,6 +226,16 @@ class ShardLayout:
             strides.append(step)
             step *= chunk
         return tuple(reversed(strides))
+
+
+def indices(shape: Index) -> Iterator[Index]:
+    """Iterate over the indices of a grid, in C order; lazily, however large it is."""
+    if not shape:
+        yield ()
+        return
+    for i in range(shape[0]):
+        for rest in indices(shape[1:]):
+            yield (i, *rest)
 
 
 def split_axis(region: Index, chunks: Index) -> int | None:
