@@ -65,7 +65,8 @@ class BlockRange(AllocatedRange):
     def _claim(self, token: "ref[Any]", rewrite: bool, verb: str = "write") -> None:
         """Become the one writer, and give a fresh block the fill value."""
         shard, owner, number = self._shard, self._owner, self._number
-        with shard.lock:  # so that whoever publishes the file sees this claim, or is seen here
+        with shard.lock:  # so that whoever publishes or closes the file sees this claim, or is seen here
+            shard.handed.pop(id(self), None)
             if shard.store is not owner and owner._down is not None and not shard.plan.is_closed:
                 raise WriterBusyError(f"cannot {verb} {self._where()}: its file was closed meanwhile; try again")
             held = owner._claims.setdefault(self._start, token)
@@ -86,6 +87,9 @@ class BlockRange(AllocatedRange):
             owner._claims.pop(self._start, None)
             raise
 
+    def __del__(self) -> None:
+        self._shard.handed.pop(id(self), None)
+
     def _where(self) -> str:
         return f"block {self._shard.block_index(self._number)} of {self._shard.plan.name!r}"
 
@@ -98,12 +102,12 @@ def block_range(shard: Shard, number: int, *, rewrite: bool) -> BlockRange:
     layout = shard.layout
     start, nbytes = layout.extent(number)
     r: BlockRange = _new(BlockRange)
-    r._owner = shard.store_to_write(number, rewrite=rewrite)
+    r._shard, r._number = shard, number
+    r._owner = shard.store_to_write(number, rewrite=rewrite, token=id(r))
     r._start, r._stop, r._nbytes, r._tag = start, start + nbytes, nbytes, number
     strides = layout.strides(number)
     shape = layout.block_shape(number)
     r._layout = r._shown = (shape, layout.dtype) if strides is None else (shape, layout.dtype, strides)
-    r._shard, r._number = shard, number
     r._was_touched = bool(shard.touched[number])
     return r
 

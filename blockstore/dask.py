@@ -329,11 +329,11 @@ def _aligned(x: da.Array, blocks: Index, *, rechunk: bool) -> da.Array:
     sizes = [int(max(chunks)) for chunks in x.chunks]
     for axis in axes:
         sizes[axis] = max(round(sizes[axis] / blocks[axis]), 1) * blocks[axis]
-    for axis in axes:
+    for axis in sorted(range(x.ndim), key=lambda axis: ends[axis] is None):  # those first that change anyway
         excess = math.prod(sizes) * x.dtype.itemsize / _sensible_nbytes(x)
         if excess > 1:
             sizes[axis] = max(int(sizes[axis] / excess) // blocks[axis], 1) * blocks[axis]
-    changes = {axis: sizes[axis] for axis in axes}
+    changes = {axis: n for axis, n in enumerate(sizes) if axis in axes or n < max(x.chunks[axis])}
     if rechunk:
         fitting: da.Array = x.rechunk(changes)
         return fitting

@@ -67,7 +67,9 @@ class Files:
             return list(self._shards.values())
 
     def all(self) -> Iterator[Shard]:
-        """Iterate over all shards, in C order."""
+        """Iterate over all shards, in C order; an ``.npy`` of no element is a file, too."""
+        if self.plan.metadata is None:
+            return iter([self.shard((0,) * len(self.plan.grid.shape))])
         return map(self.shard, self.plan.grid.shard_indices())
 
     def over_blocks(self, of: Callable[[Shard], NDArray[np.bool_]]) -> NDArray[np.bool_]:

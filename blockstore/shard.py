@@ -10,6 +10,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -24,17 +25,15 @@ from blockstore.errors import (
     FormatError,
     JournalMismatchError,
 )
-from blockstore.journal import Journal
 from blockstore.layouts.grid import Index, ShardLayout
 from blockstore.layouts.shard_index import ShardIndex
 from blockstore.opening import make, reopen
 from blockstore.plan import Plan
 from blockstore.published import Published, read_npy, read_shard
-from blockstore.records import DURABLE, WRITTEN
 from blockstore.resume import peek
 from blockstore.store import BlockStore
 from blockstore.views import Loan
-from blockstore.working import copy_bytes, make_folders, runs, tidy, unlink
+from blockstore.working import copy_published, make_folders, tidy, unlink
 
 _NEVER = np.int64(2**63 - 1)
 
@@ -56,6 +55,8 @@ class Shard:
         What there is of the shard.
     escaped : dict of int to Loan
         What was lent of a block and is still held by somebody.
+    handed : dict
+        Tokens of ranges that were handed out, and have not begun to write.
     """
 
     def __init__(self, plan: Plan, index: Index, path: str, announce: Callable[[], None]) -> None:
@@ -67,6 +68,7 @@ class Shard:
         self.lock: Any = threading.RLock()
         self.store: BlockStore | None = None
         self.escaped: dict[int, Loan] = {}
+        self.handed: dict[int, None] = {}
         self._ledger: Any = None
         self._published: Published | None = None
         self.kind: Literal["unknown", "none", "working", "published"] = "unknown"
@@ -242,6 +244,8 @@ class Shard:
                         raise
                     continue
                 self._believe(published)
+                if self.plan.is_begun and self.plan.metadata is None:
+                    self.plan.replaces = True  # it is of this array, whoever published it
                 if work and self.plan.mode == "r+" and os.path.lexists(sidecar.path_of(work)):
                     tidy(self.plan, self.path)  # whoever published it was interrupted
                 self.plan.use(self)
@@ -319,10 +323,14 @@ class Shard:
 
     # -- writing --------------------------------------------------------------------------------------
 
-    def store_to_write(self, number: int, *, rewrite: bool) -> BlockStore:
-        """Return the working file, to write a block of it; make it if there is none."""
+    def store_to_write(self, number: int, *, rewrite: bool, token: int) -> BlockStore:
+        """Return the working file, to write a block of it; make it if there is none.
+
+        It stays open until `token` is taken out of `handed`.
+        """
         self.plan.refuse_writing()
         with self.lock:
+            self.handed[token] = None
             self.find()
             if self.kind == "published" and not rewrite and self.is_written(number):
                 raise AlreadyWrittenError(
@@ -348,7 +356,9 @@ class Shard:
         old = None
         if self.kind == "published":
             self._published = old = self._published or self.read_published()
-        copied = old is not None and bool(old.written.any())
+        begin = None
+        if old is not None and old.written.any():
+            begin = partial(copy_published, old, self.layout, self.sequences, plan.checksum)
         store = make(
             work,
             self.total_nbytes,
@@ -357,31 +367,13 @@ class Shard:
             plan.checksum,
             overwrite=True,
             reserve=plan.reserve,
-            begin=self._copy_published if copied else None,
-            sequence=int(self.sequences.max()) + 2 if copied else 0,
+            begin=begin,
+            sequence=int(self.sequences.max()) + 2 if begin else 0,
         )
         store._quiet = True
         self.store, self._ledger, self._published = store, store._ledger, None
         self._touched = np.zeros(self.layout.count, np.bool_) if old is None else old.written.copy()
         self.kind = "working"
-
-    def _copy_published(self, file: _os.File, journal: Journal) -> None:
-        """Give a new working file what is published, durably, under the numbers that it has in this session."""
-        old = self._published
-        if old is None:
-            return
-        digest = None if self.plan.checksum is None else checksum_function(self.plan.checksum)
-        for start, source in runs(old, self.layout):
-            copy_bytes(file, start, source)
-        _os.sync_file(file)
-        for number in np.flatnonzero(old.written).tolist():
-            start, nbytes = self.layout.extent(number)
-            checksum = 0 if digest is None else digest(old.raw(number))
-            sequence = int(self.sequences[number])
-            journal.append(WRITTEN, sequence, start, start + nbytes, nbytes, number, checksum)
-        above = int(self.sequences.max()) + 1
-        journal.append(DURABLE, above, 0, above)
-        journal.sync()
 
     @property
     def is_complete(self) -> bool:
@@ -445,7 +437,7 @@ class Shard:
         try:
             store = self.store
             if store is not None:
-                if self.escaped or any(held() is not None for held in store._claims.copy().values()):
+                if self.handed or self.escaped or any(held() is not None for held in store._claims.copy().values()):
                     return
                 self.store = None
                 store.close()

@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockstore import _os, sidecar
+from blockstore.checksums import ChecksumKind, checksum_function
 from blockstore.draft import mark_of, working_of
-from blockstore.journal import is_journal
+from blockstore.journal import Journal, is_journal
 from blockstore.layouts.grid import ShardLayout
 from blockstore.plan import Plan
 from blockstore.published import Published
+from blockstore.records import DURABLE, WRITTEN
 
 _COPY_NBYTES = 1 << 26
 
@@ -69,3 +71,25 @@ def make_folders(folder: str, top: str) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder)
     _os.sync_directory(os.path.dirname(folder))
+
+
+def copy_published(
+    old: Published,
+    layout: ShardLayout,
+    sequences: NDArray[np.int64],
+    checksum: ChecksumKind | None,
+    file: _os.File,
+    journal: Journal,
+) -> None:
+    """Give a new working file what is published, durably, under the numbers that it has in this session."""
+    digest = None if checksum is None else checksum_function(checksum)
+    for start, source in runs(old, layout):
+        copy_bytes(file, start, source)
+    _os.sync_file(file)
+    for number in np.flatnonzero(old.written).tolist():
+        start, nbytes = layout.extent(number)
+        kept = 0 if digest is None else digest(old.raw(number))
+        journal.append(WRITTEN, int(sequences[number]), start, start + nbytes, nbytes, number, kept)
+    above = int(sequences.max()) + 1
+    journal.append(DURABLE, above, 0, above)
+    journal.sync()

@@ -235,7 +235,55 @@ def test_a_source_that_lies_in_the_array_itself_is_read_before_it_is_overwritten
 def test_an_assignment_that_numpy_refuses_changes_nothing(path: Path) -> None:
     with bs.create_array(path, shape=(8,), dtype="u1", chunks=(2,)) as x:
         x[:] = 1
-        for wrong, error in ((300, OverflowError), (["a"] * 8, ValueError), (np.arange(7), ValueError), (1j, TypeError)):
+        for wrong, error in (
+            (300, OverflowError),
+            (["a"] * 8, ValueError),
+            (np.arange(7), ValueError),
+            (1j, TypeError),
+        ):
             with pytest.raises(error):
                 x[:] = wrong
         assert x[:].tolist() == [1] * 8
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0,), (3, 0, 2)], ids=str)
+def test_an_array_without_elements_is_published_like_any_other(path: Path, shape: tuple[int, ...]) -> None:
+    with bs.create_array(path, shape=shape, dtype="f8") as x:
+        assert x.fill(number) == 0
+        assert x[...].shape == shape
+    with bs.open_array(path) as x:
+        assert (x.shape, x[...].shape, list(x.pending())) == (shape, shape, [])
+    if path.suffix == ".npy":
+        assert np.load(path).shape == shape
+    assert not [name for name in names(path.parent) if "filling" in name]
+
+
+def test_more_files_than_may_be_open_are_filled_by_more_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blockstore.plan.OPEN_FILES", 1)
+    with bs.create_array(tmp_path / "x.zarr", shape=(64, 8), dtype="i4", chunks=(2, 8), shards=(4, 8)) as x:
+        assert x.fill(number, workers=8) == 32
+        assert x[:, 0].tolist() == [1 + i // 2 for i in range(64)]
+
+
+def test_a_file_that_rests_is_opened_again_to_be_read_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blockstore.plan.OPEN_FILES", 1)
+    with bs.create_array(tmp_path / "x.zarr", shape=(12, 8), dtype="i4", chunks=(2, 8), shards=(4, 8)) as x:
+        for i in (0, 4, 8):
+            x[i : i + 2] = i + 1
+        assert x[:, 0].tolist() == [1, 1, 0, 0, 5, 5, 0, 0, 9, 9, 0, 0]
+        for i in (2, 6, 10):
+            x[i : i + 2] = i
+        assert x[:, 0].tolist() == [1, 1, 2, 2, 5, 5, 6, 6, 9, 9, 10, 10]
+
+
+def test_a_link_to_nothing_is_an_error_and_not_the_fill_value(tmp_path: Path) -> None:
+    with bs.create_array(tmp_path / "x.zarr", shape=(4,), dtype="i4") as x:
+        x[:] = 1
+    (tmp_path / "x.zarr/c/0").rename(tmp_path / "away")
+    (tmp_path / "x.zarr/c/0").symlink_to("nowhere")
+    with bs.open_array(tmp_path / "x.zarr", mode="r") as x, pytest.raises(bs.FormatError, match="link to nothing"):
+        x[:]

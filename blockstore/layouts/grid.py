@@ -249,7 +249,7 @@ def split_axis(region: Index, chunks: Index) -> int | None:
     (1, None)
     """
     axis = len(region) - 1
-    while axis > 0 and chunks[axis] == region[axis]:
+    while axis > 0 and chunks[axis] == max(region[axis], 1):
         axis -= 1
     if all(chunk == 1 or n <= 1 for n, chunk in zip(region[:axis], chunks[:axis], strict=True)):
         return axis
