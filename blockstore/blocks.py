@@ -100,13 +100,11 @@ _new: Callable[[type[Any]], Any] = object.__new__
 def block_range(shard: Shard, number: int, *, rewrite: bool) -> BlockRange:
     """Make the range of a block, in the file where its shard is being filled; that is made if need be."""
     layout = shard.layout
-    start, nbytes = layout.extent(number)
+    start, nbytes, shape, strides = layout.place(number)
     r: BlockRange = _new(BlockRange)
     r._shard, r._number = shard, number
     r._owner = shard.store_to_write(number, rewrite=rewrite, token=id(r))
     r._start, r._stop, r._nbytes, r._tag = start, start + nbytes, nbytes, number
-    strides = layout.strides(number)
-    shape = layout.block_shape(number)
     r._layout = r._shown = (shape, layout.dtype) if strides is None else (shape, layout.dtype, strides)
     r._was_touched = bool(shard.touched[number])
     return r

@@ -63,16 +63,16 @@ class Plan:
     """Those whose last block was written, and which are not published."""
     lock: Any = field(default_factory=threading.Lock)
     """Held to change `opened`."""
+    fill_is_zero: bool = field(init=False)
+    """Whether the fill value is what a new file holds."""
+
+    def __post_init__(self) -> None:
+        self.fill_is_zero = not any(self.fill_value.tobytes())
 
     @property
     def name(self) -> str:
         """The last part of the path."""
         return os.path.basename(self.path)
-
-    @property
-    def fill_is_zero(self) -> bool:
-        """Whether the fill value is what a new file holds."""
-        return not any(self.fill_value.tobytes())
 
     def refuse_writing(self) -> None:
         """Raise the error that says why nothing may be written, if so."""

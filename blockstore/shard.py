@@ -165,10 +165,8 @@ class Shard:
             frozen = self._frozen()
             if isinstance(frozen, Published):
                 return frozen.block(number)
-        layout = self.layout
-        return np.ndarray(
-            layout.block_shape(number), layout.dtype, frozen, layout.start(number), layout.strides(number)
-        )
+        start, _, shape, strides = self.layout.place(number)
+        return np.ndarray(shape, self.layout.dtype, frozen, start, strides)
 
     def whole(self) -> NDArray[Any] | None:
         """Return all elements of the shard without a copy, if they lie as those of one array; what is not written among

@@ -17,6 +17,7 @@ Examples
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ _PACKED = 64
 """What blocks below `ALIGNMENT` bytes are aligned to: each item of NumPy's, and a cache line."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Grid:
     """An array's shape, divided. `shards` are multiples of `chunks`; all have as many axes, 1 or more."""
 
@@ -44,27 +45,27 @@ class Grid:
     shards: Index
     """Elements of a shard along each axis."""
 
-    @property
+    @cached_property
     def blocks(self) -> Index:
         """How many blocks there are along each axis."""
         return tuple(-(-n // chunk) for n, chunk in zip(self.shape, self.chunks, strict=True))
 
-    @property
+    @cached_property
     def files(self) -> Index:
         """How many shards there are along each axis."""
         return tuple(-(-n // shard) for n, shard in zip(self.shape, self.shards, strict=True))
 
-    @property
+    @cached_property
     def per_shard(self) -> Index:
         """How many blocks a shard has along each axis, those beyond the array's edge included."""
         return tuple(shard // chunk for shard, chunk in zip(self.shards, self.chunks, strict=True))
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the array's elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
+    @cached_property
     def block_nbytes(self) -> int:
         """Bytes of a whole block."""
         return math.prod(self.chunks) * self.dtype.itemsize
@@ -102,7 +103,7 @@ class Grid:
         return ShardLayout(region, self.dtype, self.chunks, blocks, npy)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ShardLayout:
     """Where the blocks of one file lie. Blocks are numbered in C order of `blocks`."""
 
@@ -115,22 +116,22 @@ class ShardLayout:
     exact: bool
     """Whether each block takes no more than its elements, also at the edge: as in ``.npy``."""
 
-    @property
+    @cached_property
     def count(self) -> int:
         """How many blocks the file holds."""
         return math.prod(self.blocks)
 
-    @property
+    @cached_property
     def block_nbytes(self) -> int:
         """Bytes of a whole block."""
         return math.prod(self.chunks) * self.dtype.itemsize
 
-    @property
+    @cached_property
     def split_axis(self) -> int | None:
         """The axis that blocks split if each is contiguous in the region and they follow each other; None if not."""
         return split_axis(self.region, self.chunks)
 
-    @property
+    @cached_property
     def is_array(self) -> bool:
         """Whether the blocks, in order and without gaps, are the region in C order: what an ``.npy`` file holds."""
         axis = self.split_axis
@@ -141,12 +142,12 @@ class ShardLayout:
         cut = math.prod(self.blocks[:axis]) > 1 and self.region[axis] % self.chunks[axis] != 0
         return not cut and all(chunk == 1 for chunk in self.chunks[:axis])
 
-    @property
+    @cached_property
     def first(self) -> int:
         """Bytes before the first block."""
         return HEADER_NBYTES if self.is_array else 0
 
-    @property
+    @cached_property
     def step(self) -> int:
         """Bytes from a block to the next along the last axis that is split, of one that is not `exact` to any next."""
         if self.is_array:
@@ -155,7 +156,7 @@ class ShardLayout:
             return align_up(self.block_nbytes)
         return -(-self.block_nbytes // _PACKED) * _PACKED
 
-    @property
+    @cached_property
     def data_stop(self) -> int:
         """Bytes to past the last block."""
         if self.exact:
@@ -208,6 +209,14 @@ class ShardLayout:
         return tuple(
             min(chunk, n - i * chunk) for i, chunk, n in zip(self.inner(number), self.chunks, self.region, strict=True)
         )
+
+    def place(self, number: int) -> tuple[int, int, Index, Index | None]:
+        """Return `start`, bytes, `block_shape` and `strides` of a block."""
+        shape = self.block_shape(number)
+        if self.exact:
+            return self.start(number), math.prod(shape) * self.dtype.itemsize, shape, None
+        strides = None if shape == self.chunks else self.strides(number)
+        return self.first + number * self.step, self.block_nbytes, shape, strides
 
     def slices(self, number: int) -> tuple[slice, ...]:
         """Return where in the region a block lies."""
