@@ -8,7 +8,7 @@ DEV := $(VENV)-dev/bin
 PYTEST := -m pytest -m "not slow"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-optimized test-crash test-all lint format clean
+.PHONY: help demo test test-optimized test-crash test-all compat lint format clean
 .SECONDARY:
 
 help:  ## show this list
@@ -36,6 +36,9 @@ test-crash: $(VENV)-dev/.ready  ## kill, cut the power, fail the disk: the whole
 
 test-all: test test-optimized test-crash  ## everything: test, test-optimized, test-crash, and the slow tests
 	$(DEV)/python -m pytest -m slow || [ $$? -eq 5 ]
+
+compat: $(VENV)-dev/.ready  ## read arrays with every tool there is, write docs/compatibility.md; needs PyPI, npm and node
+	$(DEV)/python -m compat $(READERS)
 
 lint: $(VENV)-dev/.ready  ## ruff, formatting and strict types
 	$(DEV)/ruff check .

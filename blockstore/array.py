@@ -19,7 +19,6 @@ array([0., 1., 3.])
 """
 
 import math
-import os
 import sys
 import time
 import warnings
@@ -385,13 +384,10 @@ class BlockArray:
         return self.shape[0]
 
     def __dask_tokenize__(self) -> tuple[object, ...]:
-        return (type(self).__name__, self.path, *self._state())
-
-    def _state(self) -> tuple[object, ...]:
-        """Return what changes whenever the content may have changed."""
         self._plan.refuse_closed()
-        known = [(shard.index, shard.version) for shard in self._files.known()]
-        return self.shape, self.dtype.str, self.chunks, tuple(known), _stamp(self.path), id(self)
+        grid = self._grid
+        what = (self.path, grid.shape, grid.dtype.str, grid.chunks, grid.shards, self.fill_value.tobytes())
+        return (type(self).__name__, *what, *(shard.identity() for shard in self._files.all()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(f"{self!r} does not pickle: pass its path, and open_array it there")
@@ -445,11 +441,3 @@ def _nbytes_of(grid: Grid, blocks: NDArray[np.bool_]) -> int:
     for i, n, chunk in zip(np.nonzero(blocks), grid.shape, grid.chunks, strict=True):
         lengths *= np.minimum(chunk, n - i * chunk)
     return int(lengths.sum())
-
-
-def _stamp(path: str) -> tuple[int, ...]:
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return ()
-    return status.st_ino, status.st_mtime_ns, status.st_size

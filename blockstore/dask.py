@@ -140,7 +140,7 @@ def store(
     it belongs to what is returned, whose last task closes it. That can be computed again if it failed, not if it
     succeeded; once it is gone, the target is closed without publishing.
 
-    O(chunks) of memory and time beside the computation; some tens of microseconds for each.
+    O(chunks) of memory and time beside the computation: dask takes some tenths of a millisecond for each.
 
     Examples
     --------

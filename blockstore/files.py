@@ -42,6 +42,7 @@ class Files:
         self._lock = lock
         self._shards: dict[Index, Shard] = {}
         self._guard = threading.Lock()
+        self._is_known = False  # whether all files were looked for that an earlier session may have left
 
     def shard(self, index: Index) -> Shard:
         """Return a shard by its index: always the same object."""
@@ -119,7 +120,7 @@ class Files:
 
     def flush(self) -> int:
         """Make what is written durable, and publish what is complete; return how many blocks became durable."""
-        count = sum(shard.flush() for shard in self.known())
+        count = sum(shard.flush() for shard in self._unfinished())
         self.publish_completed()
         return count
 
@@ -154,7 +155,7 @@ class Files:
                         "and an .npy file cannot say so; publish(partial=True) puts zeros there"
                     )
                 return
-        for shard in self.known() if self._lock is None else self.all():
+        for shard in self._unfinished():
             publish(shard, closing=closing)
             if closing:
                 shard.discard()
@@ -175,6 +176,14 @@ class Files:
             lock, self._lock = self._lock, None
             if lock is not None:
                 lock.release()
+
+    def _unfinished(self) -> list[Shard]:
+        """Return the shards that may have a working file: of this session, and of an earlier one that was killed."""
+        if self._lock is not None and not self._is_known:
+            for shard in self.all():
+                shard.find()
+            self._is_known = True
+        return self.known()
 
     def _close_all(self) -> None:
         with contextlib.ExitStack() as stack:

@@ -63,6 +63,8 @@ class Plan:
     """Those whose last block was written, and which are not published."""
     lock: Any = field(default_factory=threading.Lock)
     """Held to change `opened`."""
+    nonce: str = field(default_factory=lambda: secrets.token_hex(8))
+    """What no other opening of the array has."""
     fill_is_zero: bool = field(init=False)
     """Whether the fill value is what a new file holds."""
 

@@ -34,6 +34,8 @@ class Published:
     """Which blocks it has."""
     starts: NDArray[np.uint64] | None
     """Where each starts, in bytes; None if that is where `layout` puts it."""
+    stamp: tuple[int, ...]
+    """What tells the file from every other one, and from itself after a change."""
     whole: NDArray[Any] | None
     """All elements, if they lie as those of one array; what is not written among them means nothing."""
 
@@ -84,7 +86,7 @@ def read_npy(path: str, layout: ShardLayout) -> Published:
     starts = None
     if header.fortran_order or header.offset != layout.first:
         starts = np.empty(0, np.uint64)
-    return Published(layout, frozen, np.ones(layout.count, np.bool_), starts, whole)
+    return Published(layout, frozen, np.ones(layout.count, np.bool_), starts, _stamp(file), whole)
 
 
 def read_shard(path: str, layout: ShardLayout, metadata: Metadata, per_shard: Index) -> Published:
@@ -98,7 +100,7 @@ def read_shard(path: str, layout: ShardLayout, metadata: Metadata, per_shard: In
         frozen = _frozen(file)
         starts = np.zeros(1, np.uint64)
         whole: NDArray[Any] = np.ndarray(layout.region, layout.dtype, frozen, 0, layout.strides(0))
-        return Published(layout, frozen, np.ones(1, np.bool_), starts, whole)
+        return Published(layout, frozen, np.ones(1, np.bool_), starts, _stamp(file), whole)
     nbytes = index.nbytes(math.prod(per_shard))
     if nbytes > size:
         raise FormatError(f"the shard {path!r} is cut off: its index takes {nbytes} bytes, it has {size}")
@@ -107,9 +109,9 @@ def read_shard(path: str, layout: ShardLayout, metadata: Metadata, per_shard: In
     entries = decode_index(frozen[at : at + nbytes].tobytes(), index, layout, per_shard, size, path)
     written = entries[:, 0] != _EMPTY
     if at != layout.data_stop or not np.array_equal(entries[written, 0], layout.starts()[written]):
-        return Published(layout, frozen, written, np.ascontiguousarray(entries[:, 0]), None)
+        return Published(layout, frozen, written, np.ascontiguousarray(entries[:, 0]), _stamp(file), None)
     regular = np.ndarray(layout.region, layout.dtype, frozen, layout.first) if layout.is_array else None
-    return Published(layout, frozen, written, None, regular)
+    return Published(layout, frozen, written, None, _stamp(file), regular)
 
 
 def _open(path: str) -> _os.File:
@@ -117,6 +119,11 @@ def _open(path: str) -> _os.File:
         return _os.open_file(path, writable=False)
     except (LayoutError, NotRegularFileError) as error:
         raise FormatError(f"{path!r} is no file of an array: {error}") from None
+
+
+def _stamp(file: _os.File) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _frozen(file: _os.File) -> NDArray[np.uint8]:

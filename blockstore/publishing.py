@@ -108,7 +108,7 @@ def snapshot(shard: Shard) -> None:
         if frozen is None:
             raise ClosedStoreError(f"the array {shard.plan.path!r} is closed")
         directory = os.path.dirname(shard.path)
-        source = Published(layout, frozen, written, None, None)
+        source = Published(layout, frozen, written, None, (), None)
         with _os.nameless(directory) as (file, name):
             os.ftruncate(file.fileno(), shard.total_nbytes)
             _os.put_at(file, encode_header(layout.region, layout.dtype), 0)

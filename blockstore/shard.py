@@ -142,10 +142,16 @@ class Shard:
         held = None if store is None else store._claims.get(self.layout.start(number))
         return "being written" if held is not None and held() is not None else "pending"
 
-    @property
-    def version(self) -> object:
-        """What changes whenever this object has changed the content."""
-        return self.kind, self._missing, None if self._ledger is None else self._ledger._next
+    def identity(self) -> tuple[object, ...]:
+        """Return what names the content: of a published file, the same for whoever maps it."""
+        self.find()
+        if self.kind == "none":
+            return ()
+        with self.lock:
+            frozen = self._frozen()
+        if isinstance(frozen, Published):
+            return frozen.stamp
+        return self.plan.nonce, self._missing, None if self._ledger is None else self._ledger._next
 
     def block_index(self, number: int) -> Index:
         """Return where a block lies in the array's grid of blocks."""
@@ -350,6 +356,7 @@ class Shard:
         if not announced:
             self._announce()
         plan, work = self.plan, working_of(self.path)
+        self._sequences = self.sequences  # made here once, where the lock is held, and not by the first writers
         make_folders(os.path.dirname(work), plan.path)
         old = None
         if self.kind == "published":
