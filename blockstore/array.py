@@ -38,6 +38,7 @@ from blockstore.indexing import aligned
 from blockstore.layouts.grid import Grid, Index
 from blockstore.reading import as_source, parts, spread, take
 from blockstore.shard import Shard
+from blockstore.verifying import verify
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -302,7 +303,7 @@ class BlockArray:
             ``keep_journal=True``.
         """
         self._plan.refuse_closed()
-        wrong = [shard.block_index(n) for shard in self._files.all() for n in shard.verify(progress)]
+        wrong = [shard.block_index(n) for shard in self._files.all() for n in verify(shard, progress)]
         return np.array(wrong, np.intp).reshape(len(wrong), self.ndim)
 
     def close(self) -> None:

@@ -41,6 +41,7 @@ from blockstore.opening import StrPath, absolute
 from blockstore.options import Access, Escaped, Guard, Options, choice
 from blockstore.plan import Plan, draft_from
 from blockstore.views import check_shape
+from blockstore.working import clear_leftovers
 
 
 def create_array(
@@ -230,6 +231,8 @@ def open_array(
             _recover(target)
         if mode == "r+" and (lock := lock_draft(draft_of(target), target)) is not None:
             undo.callback(lock.release)
+            if not is_npy(target):
+                _clear_aside(target)
         found = read_draft(draft_of(target))
         draft = None if found is None else found[1]
         plan = (plan_of_npy if is_npy(target) else plan_of_zarr)(target, draft, mode, options)
@@ -285,9 +288,9 @@ def _clear(target: str, *, overwrite: bool) -> None:
     elif os.path.lexists(target) and not overwrite:
         raise exists(target, "it exists")
     if npy:
-        for name in (draft, working_of(target), sidecar.path_of(working_of(target)), mark_of(target)):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+        for name in (draft, working_of(target), mark_of(target)):
+            _unlink(name)
+        clear_leftovers(target)
     elif os.path.lexists(target) and not is_array(target) and os.listdir(target):
         raise FileExistsError(
             errno.EEXIST, "the folder is not empty, and no Zarr array: move it away, or pass another path", target
@@ -352,6 +355,14 @@ def _recover(target: str) -> None:
     """Put back what was moved aside to be replaced by an array that never came."""
     if not os.path.lexists(target) and os.path.isdir(old := _aside(target, "old")):
         os.rename(old, target)
+
+
+def _clear_aside(target: str) -> None:
+    """Remove what an interrupted creation has left of an array that it replaced. The draft's lock is held."""
+    with _disk.folder_to_oneself(target):
+        for name in (_aside(target, "new"), _aside(target, "old")):
+            if os.path.lexists(name):
+                shutil.rmtree(name, ignore_errors=True)
 
 
 def _check_space(folder: str, nbytes: int, path: str) -> None:

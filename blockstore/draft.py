@@ -51,6 +51,11 @@ def mark_of(path: str) -> str:
     return f"{working_of(path)}.partial"
 
 
+def copy_of(path: str) -> str:
+    """Return the name that a copy of an incomplete ``.npy`` has for a moment, before it is published."""
+    return f"{working_of(path)}.copy"
+
+
 def draft_of(path: str) -> str:
     """Return the name of the draft of the array at `path`."""
     return f"{working_of(path)}.json" if is_npy(path) else os.path.join(path, ".filling.json")
@@ -67,6 +72,8 @@ class Draft:
     keep_journal: bool
     replaces: bool
     """Whether a file of the same name is to be replaced when the array is published."""
+    rewrites: bool
+    """Whether that file is this array, finished before, and written again."""
     fingerprint: str | None
     """The settings that it was created with, as `canonical` text."""
     shape: tuple[int, ...] | None = None
@@ -87,7 +94,7 @@ class Draft:
             isinstance(values["uuid"], str)
             and isinstance(values["checksum"], str | None)
             and isinstance(values["dtype"], str | None)
-            and all(isinstance(values[name], bool) for name in ("reserve", "keep_journal", "replaces"))
+            and all(isinstance(values[name], bool) for name in ("reserve", "keep_journal", "replaces", "rewrites"))
             and all(type(n) is int for name in ("shape", "chunks") for n in values[name] or ())
         )
 

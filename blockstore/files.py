@@ -21,6 +21,7 @@ from blockstore.layouts.grid import Index
 from blockstore.plan import Plan, start_draft
 from blockstore.publishing import publish, snapshot
 from blockstore.shard import Shard
+from blockstore.working import clear_leftovers
 
 _MANY_BLOCKS = 1 << 32
 _MANY_FILES = 1000
@@ -203,6 +204,9 @@ class Files:
         with self._guard:
             lock, self._lock = self._lock, None
             if lock is not None:
+                for shard in self._shards.values():
+                    clear_leftovers(shard.path)
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(draft_of(self.plan.path))
+                self.plan.is_begun = False
                 lock.release()

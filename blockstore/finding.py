@@ -100,6 +100,7 @@ def _plan(
         draft.keep_journal,
         draft.replaces,
         draft.fingerprint,
+        rewrites=draft.rewrites,
     )
 
 

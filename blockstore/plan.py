@@ -52,6 +52,8 @@ class Plan:
     """Whether an ``.npy`` file may be replaced that is not of this array."""
     fingerprint: str | None
     """The settings that it is filled with, as `canonical` text."""
+    rewrites: bool = False
+    """Whether the ``.npy`` under the final name is this array, as it was before."""
     is_begun: bool = True
     """Whether there is a draft, without which no hidden file is believed."""
     adopt: bool = False
@@ -101,12 +103,20 @@ def draft_from(plan: Plan) -> Draft:
     """Return what is to be remembered of an array that is planned."""
     npy = (plan.grid.shape, plan.grid.chunks, plan.grid.dtype.str) if plan.metadata is None else ()
     return Draft(
-        secrets.token_hex(16), plan.checksum, plan.reserve, plan.keep_journal, plan.replaces, plan.fingerprint, *npy
+        secrets.token_hex(16),
+        plan.checksum,
+        plan.reserve,
+        plan.keep_journal,
+        plan.replaces,
+        plan.rewrites,
+        plan.fingerprint,
+        *npy,
     )
 
 
 def start_draft(plan: Plan) -> FileLock:
     """Make the draft of an array, and return its lock. Raises `OSError` (``ESTALE``) if somebody else has made it."""
+    plan.rewrites = not plan.is_begun
     try:
         lock = write_draft(draft_of(plan.path), draft_from(plan))
     except FileExistsError:

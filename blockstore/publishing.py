@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockstore import _os, sidecar
-from blockstore.draft import mark_of, working_of
+from blockstore.draft import copy_of, mark_of, working_of
 from blockstore.errors import ClosedStoreError, NotWrittenError, WriterBusyError
 from blockstore.layouts.npy import encode_header
 from blockstore.layouts.shard_index import encode_index
 from blockstore.published import Published
 from blockstore.shard import Shard
-from blockstore.working import copy_bytes, runs, tidy
+from blockstore.working import copy_bytes, runs, tidy, unlink
 
 
 def publish(shard: Shard, *, closing: bool = False) -> None:
@@ -94,7 +94,10 @@ def _rename(shard: Shard) -> None:
 
 
 def snapshot(shard: Shard) -> None:
-    """Put a copy of an incomplete ``.npy`` file under its final name; it is filled further where it is."""
+    """Put a copy of an incomplete ``.npy`` file under its final name; it is filled further where it is.
+
+    What is published and not written now is kept as it is published.
+    """
     with shard.lock:
         shard.find()
         if shard.kind == "working" and shard.store is None:
@@ -114,9 +117,22 @@ def snapshot(shard: Shard) -> None:
             _os.put_at(file, encode_header(layout.region, layout.dtype), 0)
             for start, run in runs(source, layout):
                 copy_bytes(file, start, run)
+            if (old := _published_before(shard)) is not None:
+                for number in np.flatnonzero(~written).tolist():
+                    copy_bytes(file, layout.start(number), old.raw(number))
             _os.sync_file(file)
             _own_name(shard)
-            _os.publish(file, name, shard.path, directory, overwrite=True)
+            unlink(copy_of(shard.path))
+            _os.publish(file, name, copy_of(shard.path), directory, overwrite=False)
+        os.replace(copy_of(shard.path), shard.path)
+        _os.sync_directory(directory)
+
+
+def _published_before(shard: Shard) -> Published | None:
+    """Return the ``.npy`` under the final name, if it is of this array."""
+    if not (shard.plan.rewrites or os.path.lexists(mark_of(shard.path))) or not os.path.lexists(shard.path):
+        return None
+    return shard.read_published()
 
 
 def _own_name(shard: Shard) -> None:

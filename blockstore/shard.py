@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockstore import _os, sidecar
-from blockstore.checksums import checksum_function
 from blockstore.draft import working_of
 from blockstore.errors import (
     AlreadyWrittenError,
@@ -25,15 +24,15 @@ from blockstore.errors import (
     FormatError,
     JournalMismatchError,
 )
+from blockstore.journal import is_journal, open_journal, read_header
 from blockstore.layouts.grid import Index, ShardLayout
 from blockstore.layouts.shard_index import ShardIndex
 from blockstore.opening import make, reopen
 from blockstore.plan import Plan
 from blockstore.published import Published, read_npy, read_shard
-from blockstore.resume import peek
 from blockstore.store import BlockStore
 from blockstore.views import Loan
-from blockstore.working import copy_published, make_folders, tidy, unlink
+from blockstore.working import clear_leftovers, copy_published, make_folders, tidy, unlink
 
 _NEVER = np.int64(2**63 - 1)
 
@@ -353,11 +352,15 @@ class Shard:
 
     def begin(self, *, announced: bool = False) -> None:
         """Make the working file: with what was published, if anything, or of zeros. The lock is held."""
+        plan, work = self.plan, working_of(self.path)
+        if self.kind == "published":
+            self._keep_as_before()
         if not announced:
             self._announce()
-        plan, work = self.plan, working_of(self.path)
         self._sequences = self.sequences  # made here once, where the lock is held, and not by the first writers
         make_folders(os.path.dirname(work), plan.path)
+        unlink(work)  # which a creation was killed with
+        clear_leftovers(self.path)
         old = None
         if self.kind == "published":
             self._published = old = self._published or self.read_published()
@@ -370,7 +373,7 @@ class Shard:
             plan.options,
             sidecar.BLOCKS,
             plan.checksum,
-            overwrite=True,
+            overwrite=False,
             reserve=plan.reserve,
             begin=begin,
             sequence=int(self.sequences.max()) + 2 if begin else 0,
@@ -379,6 +382,14 @@ class Shard:
         self.store, self._ledger, self._published = store, store._ledger, None
         self._touched = np.zeros(self.layout.count, np.bool_) if old is None else old.written.copy()
         self.kind = "working"
+
+    def _keep_as_before(self) -> None:
+        """Go on with the checksums of a finished file whose journal was kept."""
+        name = sidecar.path_of(self.path)
+        if self.plan.checksum is None and is_journal(name):
+            self.plan.keep_journal = True
+            kept: Any = read_header(open_journal(name, writable=False), name).checksum
+            self.plan.checksum = kept
 
     @property
     def is_complete(self) -> bool:
@@ -406,32 +417,6 @@ class Shard:
             if store is self.store:
                 raise
             return 0  # it was published meanwhile, which flushed it
-
-    def verify(self, progress: Callable[[int], object] | None) -> list[int]:
-        """Return the numbers of the blocks whose bytes have not the checksum that their journal keeps.
-
-        Raises `ValueError` if there is none.
-        """
-        if not self.written().any():
-            return []
-        with self.lock:
-            self._frozen()
-            store, published = self.store, self._published
-        if store is not None:
-            differing: list[int] = store.verify(progress=progress)["tag"].tolist()
-            return differing
-        file = _os.open_file(self.path, writable=False)
-        found = sidecar.find(self.path, file, writable=False, adopt=True)
-        if found is None or found.header.checksum is None or published is None:
-            why = "it was published without keep_journal=True" if found is None else "it was created without checksum="
-            raise ValueError(f"there are no checksums of {self.plan.path!r}: {why}")
-        digest, wrong = checksum_function(found.header.checksum), []
-        for start, nbytes, number, checksum in peek(found, 0)[["start", "nbytes", "tag", "checksum"]].tolist():
-            if digest(published.frozen[start : start + nbytes]) != checksum:
-                wrong.append(number)
-            if progress is not None:
-                progress(nbytes)
-        return wrong
 
     # -- ending ---------------------------------------------------------------------------------------
 
@@ -463,10 +448,11 @@ class Shard:
         """Remove a working file in which nothing is written."""
         with self.lock:
             self.find()
-            if self.kind == "working" and self.plan.metadata is not None and self.layout.count == self._missing:
+            if self.plan.metadata is None or self.kind != "working" or self.layout.count != self._missing:
+                return
+            if not os.path.lexists(self.path):  # or it lacks what is published, and is to be gone on with
                 self.close()
-                work = working_of(self.path)
-                for name in (sidecar.path_of(work), work):
-                    unlink(name)
-                _os.sync_directory(os.path.dirname(work))
+                unlink(working_of(self.path))  # before its journal: a journal alone means nothing
+                clear_leftovers(self.path)
+                _os.sync_directory(os.path.dirname(self.path))
                 self.kind, self._sequences, self._touched, self._ledger = "none", None, None, None

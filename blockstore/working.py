@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from blockstore import _os, sidecar
 from blockstore.checksums import ChecksumKind, checksum_function
-from blockstore.draft import mark_of, working_of
+from blockstore.draft import copy_of, mark_of, working_of
 from blockstore.journal import Journal, is_journal
 from blockstore.layouts.grid import ShardLayout
 from blockstore.plan import Plan
@@ -48,6 +48,13 @@ def runs(source: Published, layout: ShardLayout) -> Iterator[tuple[int, NDArray[
         start = layout.start(int(first))
         stop, nbytes = layout.extent(int(last))
         yield start, source.frozen[start : stop + nbytes]
+
+
+def clear_leftovers(path: str) -> None:
+    """Remove what interrupted steps leave beside the file of an array that has no working file."""
+    work = working_of(path)
+    for name in (sidecar.path_of(work), f"{sidecar.path_of(work)}.new", copy_of(path)):
+        unlink(name)
 
 
 def copy_bytes(file: _os.File, start: int, source: NDArray[np.uint8]) -> None:

@@ -248,6 +248,7 @@ LAYERS = [
     "working",
     "shard",
     "publishing",
+    "verifying",
     "files",
     "finding",
     "blocks",
@@ -336,7 +337,7 @@ def test_a_module_is_short_enough_to_be_read_at_once(module: str) -> None:
     assert len(SOURCES[module].splitlines()) <= LONGER.get(module, 420)
 
 
-LONGER = {"store": 475, "array": 475, "dask": 485, "shard": 475}
+LONGER = {"store": 475, "array": 475, "dask": 485, "shard": 470}
 """One noun each, and a third of it docstrings."""
 
 
