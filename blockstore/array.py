@@ -34,7 +34,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from blockstore import fill, picture
 from blockstore.blocks import Block, BlockGrid
 from blockstore.files import Files
-from blockstore.indexing import aligned
+from blockstore.indexing import aligned, is_plain
 from blockstore.layouts.grid import Grid, Index
 from blockstore.reading import as_source, parts, spread, take
 from blockstore.shard import Shard
@@ -353,6 +353,8 @@ class BlockArray:
         FormatError
             If a file is damaged.
         """
+        if (whole := self._plan.whole) is not None and is_plain(key):
+            return whole[key]
         self._plan.refuse_closed()
         return take(self._files, key)
 

@@ -127,7 +127,7 @@ class Files:
 
     def publish_completed(self) -> None:
         """Publish the files that are complete, of an array of several: those that were since the last time."""
-        if math.prod(self.plan.grid.files) <= 1:
+        if self.plan.is_one_file:
             return
         completed = self.plan.completed
         while True:

@@ -21,11 +21,11 @@ Examples
 import operator
 from collections.abc import Sequence
 from types import EllipsisType
-from typing import NamedTuple, SupportsIndex
+from typing import NamedTuple
 
 from blockstore.errors import SelectionError
 
-__all__ = ["Selection", "aligned", "block_range", "overlap", "parse"]
+__all__ = ["Selection", "aligned", "block_range", "is_plain", "overlap", "parse"]
 
 Item = int | slice | EllipsisType | None
 """One part of a basic index."""
@@ -124,6 +124,14 @@ def parse(key: object, shape: tuple[int, ...]) -> Selection:
     if has_ellipsis:
         post.append(Ellipsis)
     return Selection(tuple(axes), tuple(post))
+
+
+_PLAIN = {int, slice, EllipsisType}
+
+
+def is_plain(key: object) -> bool:
+    """Whether an index is so plain that NumPy itself may be asked: it takes nothing else by it."""
+    return type(key) in _PLAIN or (type(key) is tuple and all(type(item) in _PLAIN for item in key))
 
 
 def block_range(axis: range, chunk: int) -> Sequence[int]:
@@ -276,9 +284,9 @@ def _items(key: object, rank: int) -> tuple[list[int | slice | None], bool]:
 
 def _basic(item: object) -> int | slice | None:
     """Return an integer as an int, a slice or None as it is, and refuse all else."""
-    if item is None or isinstance(item, slice):
+    if type(item) is int or item is None or isinstance(item, slice):
         return item
-    if isinstance(item, SupportsIndex) and not isinstance(item, bool):
+    if hasattr(item, "__index__") and not isinstance(item, bool):
         try:
             return operator.index(item)
         except TypeError:  # an array that is no integer has the method, too

@@ -4,6 +4,7 @@ The plan knows which of them have a file open, and asks those that rest to close
 """
 
 import errno
+import math
 import os
 import secrets
 import threading
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blockstore._disk import FileLock
 from blockstore.checksums import ChecksumKind
@@ -65,6 +67,8 @@ class Plan:
     """Those whose last block was written, and which are not published."""
     lock: Any = field(default_factory=threading.Lock)
     """Held to change `opened`."""
+    whole: NDArray[Any] | None = None
+    """All of an array that is one published file, complete and regular; None if it is not, or not known to be."""
     nonce: str = field(default_factory=lambda: secrets.token_hex(8))
     """What no other opening of the array has."""
     fill_is_zero: bool = field(init=False)
@@ -77,6 +81,11 @@ class Plan:
     def name(self) -> str:
         """The last part of the path."""
         return os.path.basename(self.path)
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether the array is a single file."""
+        return self.metadata is None or math.prod(self.grid.files) == 1
 
     def refuse_writing(self) -> None:
         """Raise the error that says why nothing may be written, if so."""

@@ -36,6 +36,8 @@ def publish(shard: Shard, *, closing: bool = False) -> None:
         store = shard.store
         if store is None or (not shard.written().any() and shard.layout.count):
             return
+        if shard.plan.metadata is None and not shard.written().all():
+            return
         busy = [start for start, held in store._claims.copy().items() if held() is not None]
         if busy and not closing:
             at = int(np.searchsorted(shard.layout.starts(), busy[0]))

@@ -201,6 +201,8 @@ class Shard:
         if self._published is None:
             self._published = self.read_published()
         self.plan.use(self)
+        if self._missing == 0 and self.plan.is_one_file:
+            self.plan.whole = self._published.whole
         return self._published
 
     def _refuse(self) -> NoReturn:
@@ -353,6 +355,7 @@ class Shard:
     def begin(self, *, announced: bool = False) -> None:
         """Make the working file: with what was published, if anything, or of zeros. The lock is held."""
         plan, work = self.plan, working_of(self.path)
+        plan.whole = None
         if self.kind == "published":
             self._keep_as_before()
         if not announced:
@@ -431,7 +434,7 @@ class Shard:
                     return
                 self.store = None
                 store.close()
-            self._published = None
+            self._published = self.plan.whole = None
         finally:
             self.lock.release()
         with self.plan.lock:
@@ -440,7 +443,7 @@ class Shard:
     def close(self) -> None:
         """Flush and close the file, and leave it where it is."""
         with self.lock:
-            store, self.store, self._published = self.store, None, None
+            store, self.store, self._published, self.plan.whole = self.store, None, None, None
             if store is not None:
                 store.close()
 
