@@ -127,6 +127,7 @@ def snapshot(shard: Shard) -> None:
             unlink(copy_of(shard.path))
             _os.publish(file, name, copy_of(shard.path), directory, overwrite=False)
         os.replace(copy_of(shard.path), shard.path)
+        _mark(shard)  # only now where another file was replaced
         _os.sync_directory(directory)
 
 
@@ -141,10 +142,14 @@ def _own_name(shard: Shard) -> None:
     """See to it that the final name of an ``.npy`` file may be replaced from now on, also by whoever goes on."""
     if shard.plan.replaces:
         return
-    mark = mark_of(shard.path)
-    if not os.path.lexists(mark):
+    if not os.path.lexists(mark_of(shard.path)):
         if os.path.lexists(shard.path):
             raise _os.exists(shard.path)
-        os.close(os.open(mark, os.O_CREAT | os.O_WRONLY, 0o666))
-        _os.sync_directory(os.path.dirname(mark))
+        _mark(shard)
+        _os.sync_directory(os.path.dirname(shard.path))
     shard.plan.replaces = True
+
+
+def _mark(shard: Shard) -> None:
+    """Say that what is under the final name, if anything, is an incomplete copy of this array."""
+    os.close(os.open(mark_of(shard.path), os.O_CREAT | os.O_WRONLY, 0o666))
