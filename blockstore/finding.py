@@ -110,7 +110,7 @@ def _read_metadata(folder: str) -> bytes:
         file = _os.open_file(path, writable=False)
     except (LayoutError, NotRegularFileError) as error:
         raise FormatError(f"{path!r} is no metadata of a Zarr array: {error}") from None
-    return os.pread(file.fileno(), MAX_METADATA_NBYTES + 1, 0)
+    return os.pread(file.fileno(), min(os.fstat(file.fileno()).st_size, MAX_METADATA_NBYTES + 1), 0)
 
 
 def _explain_missing(target: str) -> None:

@@ -23,6 +23,8 @@ from blockstore.errors import (
     ClosedStoreError,
     FormatError,
     JournalMismatchError,
+    LayoutError,
+    NotRegularFileError,
 )
 from blockstore.journal import is_journal, open_journal, read_header
 from blockstore.layouts.grid import Index, ShardLayout
@@ -289,6 +291,8 @@ class Shard:
         work, layout = working_of(self.path), self.layout
         try:
             store = reopen(work, self.plan.options, self.plan.mode, adopt=self.plan.adopt, blocks=True)
+        except (LayoutError, NotRegularFileError) as error:
+            raise FormatError(f"{work!r} should be a file that is being filled: {error}") from None
         except JournalMismatchError as error:
             why = str(error).partition(":")[0]
             raise JournalMismatchError(
@@ -347,6 +351,7 @@ class Shard:
                     self.open_working()
                 else:
                     self.begin()
+            self._sequences, self._touched = self.sequences, self.touched  # made here, once, and not by the writers
             self.plan.use(self)
             if self.store is None:
                 self._refuse()
@@ -360,7 +365,6 @@ class Shard:
             self._keep_as_before()
         if not announced:
             self._announce()
-        self._sequences = self.sequences  # made here once, where the lock is held, and not by the first writers
         make_folders(os.path.dirname(work), plan.path)
         unlink(work)  # which a creation was killed with
         clear_leftovers(self.path)
@@ -383,7 +387,7 @@ class Shard:
         )
         store._quiet = True
         self.store, self._ledger, self._published = store, store._ledger, None
-        self._touched = np.zeros(self.layout.count, np.bool_) if old is None else old.written.copy()
+        self._touched = None if old is None else old.written.copy()
         self.kind = "working"
 
     def _keep_as_before(self) -> None:

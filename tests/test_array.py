@@ -333,13 +333,15 @@ def test_the_first_blocks_of_an_array_may_be_written_by_many_threads_at_once(tmp
 def test_state_that_the_first_writers_make_is_caught_by_the_same_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = Shard.begin
+    store_to_write = Shard.store_to_write
 
-    def lazily(self: Shard, **options: Any) -> None:
-        begin(self, **options)
-        self._sequences = None
+    def lazily(self: Shard, number: int, **options: Any) -> bs.BlockStore:
+        made = self._sequences
+        store = store_to_write(self, number, **options)
+        self._sequences = made
+        return store
 
-    monkeypatch.setattr(Shard, "begin", lazily)
+    monkeypatch.setattr(Shard, "store_to_write", lazily)
     monkeypatch.setattr(Shard, "sequences", property(made_by_whoever_comes))
 
     assert lost_blocks(tmp_path, 10) > 0

@@ -360,6 +360,12 @@ class Awkward(Exception):
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(f"{code}: {text}")
+        self.never = Never()  # for where another package has taught exceptions to unpickle without `__init__`
+
+
+class Never:
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return int, ("never",)
 
 
 class Unpicklable(Exception):
