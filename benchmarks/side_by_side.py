@@ -1,6 +1,6 @@
 """Side by side: blockstore and what else could do the same work, in one run, as Markdown.
 
-``python -m benchmarks.side_by_side`` runs five sections, or those that are named: ``--section A``. Each measures its
+``python -m benchmarks.side_by_side`` runs six sections, or those that are named: ``--section A``. Each measures its
 ways in turns, each time in a new file on a real disk (``TMPDIR`` says where), and takes medians over the rounds. A
 ratio is the median of the ratios within a round, so that a slow minute of the machine hits both sides. ``--quick``
 takes small files and few rounds: it shows that all works, and no numbers to quote.
@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 import blockstore as bs
-from benchmarks import cycles, disk, journal, machine, roads
+from benchmarks import arrays, cycles, disk, journal, machine, roads
 from benchmarks.base import KIB, MIB
 from benchmarks.roads import Road
 from blockstore import mapped
@@ -322,7 +322,56 @@ def section_e(run: Run) -> None:
     table(["what", "with the journal, us", "floor, us", "ratio"], rows)
 
 
-SECTIONS = {"A": section_a, "B": section_b, "C": section_c, "D": section_d, "E": section_e}
+def section_f(run: Run) -> None:
+    """Fill an array block by block, as others do."""
+    work = arrays.Work(16 if run.quick else 128, 1024 if run.quick else 8192, blocks=64, threads=2)
+    paragraph(f"## F. An array of {size(work.nbytes)} in blocks of {size(work.nbytes // work.blocks)}, 2 threads")
+    paragraph(
+        f"An array of {work.shape} float64 is made and filled in blocks of {work.chunks}, uncompressed: each of",
+        "2 threads takes the next block and hands over what it is to hold, which is ready and warm in memory.",
+        f"{arrays.versions()}.",
+    )
+    paragraph(
+        "Three times from the start, in ms: until all is *written*, that is, the last call that was given data has",
+        "returned; until it is *closed*, and so visible to everybody; and until the *disk* has it, for which the files",
+        "and folders of the others are synced in 2 threads. Closing blockstore's includes that, and nothing is visible",
+        "before. Ratios are the other's time to blockstore's in the first row, above 1 blockstore is faster:",
+        "*without sync*, theirs until closed to blockstore's until written; *with sync*, until the disk has it, both;",
+        "*against*, theirs closed without a sync to blockstore's closed with one. Wrong blocks are those that a reader",
+        "finds to be something else, or cannot read: the most in a round.",
+    )
+    few = replace(run, rounds=min(run.rounds, 2))
+    for title, ways, how in (
+        ("One shard, block by block", arrays.ONE_SHARD, few),
+        ("The same array in any layout", arrays.ANY_LAYOUT, run),
+    ):
+        there = list(arrays.present(ways))
+        arrays.warm_up(run.folder, there)
+        measured = how.in_turns(
+            {way.label: partial(arrays.measure, make=way, folder=run.folder, work=work) for way in there}
+        )
+        paragraph(f"**{title}**, medians of {how.rounds} rounds.")
+        own, *_ = measured.values()
+        rows = []
+        for way, (label, fills) in zip(there, measured.items(), strict=True):
+            steps = [[getattr(one, step) for one in fills] for step in ("created", "written", "closed", "durable")]
+            wrong = {name: max(one.wrong[name] for one in fills) for name in fills[0].wrong}
+            rows.append(
+                [
+                    f"blockstore: {label}" if issubclass(way, arrays.Array) else label,
+                    *(f"{1e3 * median(step):.{0 if median(step) >= 0.1 else 1}f}" for step in steps),
+                    f"{ratio((getattr(one, way.unsynced) for one in fills), (one.written for one in own)):.2f}",
+                    f"{ratio((one.durable for one in fills), (one.durable for one in own)):.2f}",
+                    f"{ratio((one.closed for one in fills), (one.closed for one in own)):.2f}",
+                    ", ".join(f"{count} ({name})" for name, count in wrong.items()),
+                    way.promise,
+                ]
+            )
+        columns = ["create", "written", "closed", "disk", "without sync", "with sync", "against"]
+        table(["way", *columns, f"wrong of {work.blocks}, by", "what is promised when it is closed"], rows)
+
+
+SECTIONS = {"A": section_a, "B": section_b, "C": section_c, "D": section_d, "E": section_e, "F": section_f}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -44,6 +44,11 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
 
+_MOST_SHOWN = 1 << 24
+_MOST_FILES_SHOWN = 10_000
+"""Blocks and files up to which there is a picture of them all."""
+
+
 class BlockArray:
     """An array that many threads fill block by block. Made by `create_array` and `open_array`; safe to share.
 
@@ -414,7 +419,7 @@ class BlockArray:
         )
 
     def _repr_html_(self) -> str:
-        if self.closed:
+        if self.closed or math.prod(self._grid.blocks) > _MOST_SHOWN or math.prod(self._grid.files) > _MOST_FILES_SHOWN:
             return f"<pre>{escape(repr(self))}</pre>"
         states = self._files.over_blocks(Shard.written).astype(np.uint8)
         states += self._files.over_blocks(Shard.durable)

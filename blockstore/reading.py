@@ -55,10 +55,12 @@ def take(files: Files, key: object, *, copy: bool | None = None) -> Any:
 def parts(files: Files, selection: Selection) -> Iterator[Part]:
     """Iterate over the blocks that a selection takes something of, in C order."""
     grid = files.plan.grid
+    if not all(selection.axes):
+        return
     per_axis = []
     for axis, chunk, n in zip(selection.axes, grid.chunks, grid.shape, strict=True):
         found = []
-        for i in block_range(axis, chunk) if len(axis) else ():
+        for i in block_range(axis, chunk):
             if (part := overlap(axis, i * chunk, min((i + 1) * chunk, n))) is not None:
                 found.append((i, *part))
         per_axis.append(found)

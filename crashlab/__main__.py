@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from crashlab import badsectors, faults, fuzz, kills, powerloss, shutdown
+from crashlab import array_kills, badsectors, faults, fuzz, kills, powerloss, readers, shutdown
 from crashlab.plants import BAD_SECTORS, POWER_LOSS
 
 
@@ -35,6 +35,18 @@ def _folder() -> Iterator[Path]:
 def _kills(full: int) -> list[object]:
     with _folder() as folder:
         return [kills.run(folder, kills=1000 // full, seeds=range(10), progress=_tell)]
+
+
+def _array_kills(full: int) -> list[object]:
+    with _folder() as folder:
+        return [array_kills.run(folder, kills=200 // full, seeds=range(10), progress=_tell)]
+
+
+def _readers(full: int) -> list[object]:
+    """Let readers poll, and plant what they must notice."""
+    with _folder() as folder:
+        rounds = 10 // full
+        return [readers.run(folder, rounds=rounds, seeds=range(rounds), plants=tuple(readers.PLANTS), progress=_tell)]
 
 
 def _faults(full: int) -> list[object]:
@@ -108,6 +120,8 @@ def _missed() -> tuple[dict[str, str], list[str]]:
 
 _PARTS: dict[str, tuple[Callable[[int], list[object]], Callable[[], list[str]]]] = {
     "kills": (_kills, list),
+    "arrays": (_array_kills, list),
+    "readers": (_readers, readers.missing),
     "faults": (_faults, list),
     "fuzz": (_fuzz, list),
     "powerloss": (_power_loss, powerloss.missing),

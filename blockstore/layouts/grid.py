@@ -242,6 +242,8 @@ def indices(shape: Index) -> Iterator[Index]:
     if not shape:
         yield ()
         return
+    if 0 in shape:
+        return
     for i in range(shape[0]):
         for rest in indices(shape[1:]):
             yield (i, *rest)
