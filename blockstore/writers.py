@@ -20,6 +20,7 @@ ValueError: assignment destination is read-only
 >>> store.close()
 """
 
+import contextlib
 import warnings
 from types import TracebackType
 from typing import Any
@@ -28,7 +29,8 @@ from weakref import ref
 import numpy as np
 from numpy.typing import NDArray
 
-from blockstore.errors import EscapedViewError, EscapedViewWarning, RangeStateError, escaped_text
+from blockstore import writeback
+from blockstore.errors import ClosedStoreError, EscapedViewError, EscapedViewWarning, RangeStateError, escaped_text
 from blockstore.ranges import AllocatedRange
 from blockstore.views import BYTE, Layout, Loan
 
@@ -132,7 +134,8 @@ class EagerWriter(Writer):
 def start_writeback(range_: AllocatedRange) -> None:
     """Let the disk begin with what was written to a range, if that is much; wait for nothing, promise nothing."""
     if range_._nbytes >= WRITEBACK_MIN_NBYTES:
-        range_._owner._mapped.start_writeback(range_._start, range_._stop)
+        with contextlib.suppress(ClosedStoreError):  # which has synced it
+            writeback.begin(range_._owner._mapped.file, range_._start, range_._stop)
 
 
 class DetachedWriter(Writer):

@@ -38,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import blockstore as bs
+from blockstore import _os
 from crashlab.faulty import lower_thresholds
 from crashlab.truth import BOOT, Child, boot_restored, fork, say_nothing
 
@@ -394,8 +395,8 @@ class Filler:
                     self._phase(phase, phase)
                 try:
                     make_durable()
-                except bs.WriterBusyError:
-                    continue
+                except (bs.WriterBusyError, bs.NotWrittenError):
+                    continue  # somebody is writing, or a rewrite was killed, and readers would lose a block
                 self._say("d", *said)
 
         _together(drive, 2)
@@ -629,11 +630,15 @@ class Siege:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of each file below a folder; of a journal no more than that it is there."""
+    """Return the bytes of each file below a folder; of a journal no more than that it is there.
+
+    Where a new file must have a name from the start, that of one which a kill has interrupted stays, and is left out.
+    """
     found = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
-        found[name] = b"" if path.is_dir() or _is_journal(name) else path.read_bytes()
+        if not (_os.PORTABLE and path.match(".blockstore-*.tmp")):
+            found[name] = b"" if path.is_dir() or _is_journal(name) else path.read_bytes()
     return found
 
 

@@ -10,10 +10,13 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +35,12 @@ from hypothesis.stateful import (
 from numpy.typing import NDArray
 
 import blockstore as bs
-from blockstore import _disk, _os, live, publishing, working
-from blockstore.draft import working_of
+from blockstore import _disk, _os, creation, live, publishing, sidecar, working
+from blockstore.draft import draft_of, working_of
 from blockstore.files import Files
 from blockstore.journal import Journal
 from blockstore.layouts.npy import encode_header
+from blockstore.ledger import Ledger
 from blockstore.mapped import MappedFile
 from blockstore.plan import Plan
 from blockstore.records import REVOKED
@@ -652,7 +656,7 @@ class ArrayMachine(RuleBasedStateMachine):
 
 quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 ArrayMachine.TestCase.settings = settings(
-    deadline=None, max_examples=60, stateful_step_count=30, suppress_health_check=quiet
+    deadline=None, max_examples=40, stateful_step_count=30, suppress_health_check=quiet
 )
 TestArray = ArrayMachine.TestCase
 
@@ -792,7 +796,7 @@ def test_the_machine_catches(monkeypatch: pytest.MonkeyPatch, plant: Callable[[p
     monkeypatch.setattr(ArrayMachine, "only", PLANTS[plant])
     plant(monkeypatch)
 
-    with pytest.raises((AssertionError, bs.BlockStoreError, OSError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, ValueError, OSError, pytest.fail.Exception)):
         run_state_machine_as_test(
             ArrayMachine,
             settings=settings(
@@ -805,4 +809,480 @@ def test_the_machine_catches(monkeypatch: pytest.MonkeyPatch, plant: Callable[[p
                 report_multiple_bugs=False,
                 suppress_health_check=quiet,
             ),
+        )
+
+
+# -- killed at each call ------------------------------------------------------------------------------
+
+SMALL = {
+    "npy": Kind("x.npy", (5, 3), (2, 3)),
+    "zarr": Kind("x.zarr", (3, 3), (2, 2)),
+    "zarr of two files": Kind("x.zarr", (3, 3), (1, 3), (2, 3)),
+}
+
+CALLS = (
+    *("replace", "link", "unlink", "rename", "mkdir", "rmdir", "pwrite"),
+    "fsync" if _os.PORTABLE else "fdatasync",
+)
+"""What changes names and files, of `os`, and what the journal waits for. A kill before any other call, such as a sync
+of a folder, leaves what a kill before the next of these leaves."""
+
+
+class Life:
+    """What a process that is to be killed knows and says. Each thing that it says is on its way before it goes on."""
+
+    def __init__(self, kind: Kind, folder: Path, tell: Callable[[str], object], last: int = 0) -> None:
+        self.kind, self.folder = kind, folder
+        self._tell, self._left = tell, last
+        self._is_armed = False
+
+    def say(self, *words: object) -> None:
+        self._tell(" ".join(map(str, words)))
+
+    def arm(self) -> None:
+        """Be killed before one of the calls that come from here on."""
+        self._is_armed = True
+
+    def count(self) -> None:
+        if self._is_armed:
+            self._left -= 1
+            if self._left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def create(self, **options: Any) -> bs.BlockArray:
+        x = self.kind.create(self.folder, **options)
+        self.say("created")
+        return x
+
+    def open(self) -> bs.BlockArray:
+        return bs.open_array(self.folder / self.kind.name)
+
+    def write(self, x: bs.BlockArray, version: int, blocks: Sequence[Index] | None = None) -> None:
+        for index in self.kind.blocks if blocks is None else blocks:
+            self.say("begins", self.kind.blocks.index(index), version)
+            x.blocks[index].write(of_version(self.kind, index, version), rewrite=True)
+            self.say("written", self.kind.blocks.index(index), version)
+
+    def fail(self, x: bs.BlockArray, index: Index) -> None:
+        self.say("begins", self.kind.blocks.index(index), 0)
+        with contextlib.suppress(ZeroDivisionError), x.blocks[index].writer(rewrite=True) as a:
+            a[...] = GARBAGE
+            del a
+            1 / 0
+
+    def publish(self, x: bs.BlockArray, *, partial: bool = False) -> None:
+        self.say("publishing")
+        x.publish(partial=partial)
+        self.say("published")
+
+    def close(self, x: bs.BlockArray) -> None:
+        self.say("publishing")
+        x.close()
+        self.say("published" if self.kind.name == "x.zarr" or (self.folder / "x.npy").exists() else "flushed")
+
+    def flush(self, x: bs.BlockArray) -> None:
+        self.say("publishing")
+        x.flush()
+        self.say("flushed")
+
+
+def of_version(kind: Kind, index: Index, version: int) -> NDArray[Any]:
+    """Return what a block holds; 0 is the fill value."""
+    shape = np.empty(kind.shape)[kind.slices(index)].shape
+    if version == 0:
+        return np.zeros(shape, DTYPE)
+    return 1000 * version + 10 * kind.blocks.index(index) + np.arange(math.prod(shape), dtype=DTYPE).reshape(shape)
+
+
+def live_until(last: int, kind: Kind, folder: Path, live_it: Callable[[Life], None]) -> tuple[list[list[str]], bool]:
+    """Live in a forked process that is killed before a call to the system; return what it said, and if it came through.
+
+    A real kill, and not an exception that plays one: no handler, no finalizer and no buffer has a last word.
+    """
+    reading_end, writing_end = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later: threads are alive
+        pid = os.fork()
+    if pid == 0:
+        try:
+            signal.alarm(20)
+            life = Life(kind, folder, lambda line: os.write(writing_end, f"{line}\n".encode()), last)
+
+            def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+                def count_and_call(*args: Any, **kwargs: Any) -> Any:
+                    life.count()
+                    return call(*args, **kwargs)
+
+                return count_and_call
+
+            for name in CALLS:
+                if hasattr(os, name):
+                    setattr(os, name, counted(getattr(os, name)))
+            _os.exchange = counted(_os.exchange)  # type: ignore[assignment]
+            live_it(life)
+            life.say("through")
+        except BaseException as error:
+            os.write(writing_end, f"raised {type(error).__name__}: {error}\n".encode())
+        finally:
+            os._exit(0)
+    os.close(writing_end)
+    with os.fdopen(reading_end) as pipe:
+        said = [line.split() for line in pipe]
+    os.waitpid(pid, 0)
+    if said and said[-1][0] == "raised":
+        raise AssertionError(" ".join(said[-1]))
+    return said, bool(said) and said[-1] == ["through"]
+
+
+class Known:
+    """What follows from what a process has said: which versions of each block there may be, and which must be."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.is_created = False
+        self.written = dict.fromkeys(kind.blocks, 0)  # acknowledged
+        self.durable = dict.fromkeys(kind.blocks, 0)
+        self.public = dict.fromkeys(kind.blocks, 0)  # at least
+        self.begun: dict[Index, set[int]] = {index: set() for index in kind.blocks}  # and maybe there
+        self.ever: dict[Index, set[int]] = {index: {0} for index in kind.blocks}
+        self.lasts = dict.fromkeys(kind.blocks, True)  # whether what is durable was not opened for rewriting since
+
+    def hear(self, kind: Kind, said: list[list[str]]) -> None:
+        for word, *numbers in said:
+            if word == "created":
+                self.is_created = True
+            elif word in ("begins", "written"):
+                index, version = kind.blocks[int(numbers[0])], int(numbers[1])
+                if word == "begins":
+                    self.begun[index] = {self.written[index], version, 0}
+                    self.lasts[index] = False
+                    if version:
+                        self.ever[index].add(version)
+                    else:
+                        self.written[index] = 0
+                else:
+                    self.written[index] = version
+                    self.begun[index] = set()
+            elif word in ("flushed", "published"):
+                self.durable = dict(self.written)
+                self.lasts = dict.fromkeys(kind.blocks, True)
+                if word == "published":
+                    self.public = {index: version or self.public[index] for index, version in self.written.items()}
+
+
+def finished_before(life: Life) -> bs.BlockArray:
+    with life.create() as x:
+        life.write(x, 1)
+        life.close(x)
+    return x
+
+
+def unfinished_before(life: Life) -> bs.BlockArray:
+    x = life.create()
+    life.write(x, 1, life.kind.blocks[:2])
+    life.flush(x)
+    life.write(x, 1, life.kind.blocks[2:])
+    return x
+
+
+def partly_published_before(life: Life) -> bs.BlockArray:
+    x = life.create()
+    life.write(x, 1, life.kind.blocks[::2])
+    life.publish(x, partial=True)
+    life.write(x, 1, life.kind.blocks[1:2])
+    return x
+
+
+def creates(life: Life) -> None:
+    life.arm()
+    life.close(life.create(fingerprint={"version": 2}))
+
+
+def replaces(life: Life) -> None:
+    life.arm()
+    life.close(life.create(overwrite=True, fingerprint={"version": 2}))
+
+
+def publishes(life: Life) -> None:
+    x = life.create()
+    life.write(x, 2)
+    life.arm()
+    life.publish(x)
+    life.close(x)
+
+
+def fills_and_flushes(life: Life) -> None:
+    x = life.create()
+    life.arm()
+    life.write(x, 2, life.kind.blocks[:3])
+    life.flush(x)
+    life.write(x, 2, life.kind.blocks[3:])
+    life.flush(x)
+    life.write(x, 3, life.kind.blocks[:1])
+
+
+def publishes_in_parts(life: Life) -> None:
+    x = life.create()
+    life.write(x, 2, life.kind.blocks[:1])
+    life.arm()
+    publish_the_rest_in_parts(life, x)
+
+
+def replaces_in_parts(life: Life) -> None:
+    x = life.create(overwrite=True)
+    life.write(x, 2, life.kind.blocks[:1])
+    life.arm()
+    publish_the_rest_in_parts(life, x)
+
+
+def publish_the_rest_in_parts(life: Life, x: bs.BlockArray) -> None:
+    life.publish(x, partial=True)
+    life.write(x, 2, life.kind.blocks[1:2])
+    if life.kind.name == "x.npy":  # where that is possible with a block that is published, and not written any more
+        life.fail(x, life.kind.blocks[0])
+    life.publish(x, partial=True)
+    life.write(x, 2, life.kind.blocks[2:])
+    life.write(x, 3, life.kind.blocks[:1])
+    life.close(x)
+
+
+def rewrites(life: Life) -> None:
+    x = life.open()
+    life.arm()
+    life.write(x, 2, life.kind.blocks[:1])
+    life.publish(x)
+    life.write(x, 3, life.kind.blocks[:2])
+    life.close(x)
+
+
+def fails_to_rewrite(life: Life) -> None:
+    x = life.open()
+    life.arm()
+    life.fail(x, life.kind.blocks[0])
+    life.close(x)
+
+
+def closes(life: Life) -> None:
+    x = life.create()
+    life.write(x, 2)
+    life.arm()
+    life.close(x)
+
+
+def keeps_its_journal(life: Life) -> None:
+    x = life.create(keep_journal=True, checksum="crc32")
+    life.write(x, 2)
+    life.arm()
+    life.publish(x)
+    life.write(x, 3, life.kind.blocks[:1])
+    life.close(x)
+
+
+def goes_on(life: Life) -> None:
+    life.arm()
+    x = life.open()
+    life.write(x, 2, [block.index for block in x.pending()])
+    life.close(x)
+
+
+def goes_on_to_flush(life: Life) -> None:
+    life.arm()
+    x = life.open()
+    life.flush(x)
+    life.close(x)
+
+
+LIVES: list[tuple[Callable[[Life], bs.BlockArray] | None, Callable[[Life], None]]] = [
+    (None, creates),
+    (finished_before, replaces),
+    (unfinished_before, replaces),
+    (unfinished_before, replaces_in_parts),
+    (finished_before, replaces_in_parts),
+    (None, publishes),
+    (None, fills_and_flushes),
+    (None, publishes_in_parts),
+    (finished_before, rewrites),
+    (finished_before, fails_to_rewrite),
+    (None, closes),
+    (None, keeps_its_journal),
+    (unfinished_before, goes_on),
+    (unfinished_before, goes_on_to_flush),
+    (partly_published_before, goes_on),
+]
+
+
+def check_what_is_seen(kind: Kind, folder: Path, old: Known, new: Known) -> None:
+    """Each block that a reader finds is whole, none is older than what was published, and none was never written."""
+    seen = see(folder, kind) if kind.name == "x.npy" or (folder / "x.zarr" / "zarr.json").exists() else {}
+    found = {index: data for blocks in seen.values() for index, data in blocks.items()}
+    for index in kind.blocks:
+        there = {version: of_version(kind, index, version).tobytes() for version in old.ever[index] | new.ever[index]}
+        versions = {version for version, data in there.items() if found.get(index, there[0]) == data}
+        assert versions, f"block {index} is torn"
+        assert max(versions) >= new.public[index], f"block {index} is taken away: {versions}"
+
+
+def check_what_is_written(kind: Kind, x: bs.BlockArray, known: Known, *, reset: bool) -> None:
+    """What was acknowledged is there after a kill; what was made durable, after a reset."""
+    for index in kind.blocks:
+        block = x.blocks[index]
+        data = block.read().tobytes()
+        there = {version for version in known.ever[index] if of_version(kind, index, version).tobytes() == data}
+        assert there, f"block {index} is torn"
+        if reset:
+            due = {known.durable[index]} if known.lasts[index] else set(known.ever[index])
+            due |= {known.written[index]} | known.begun[index]
+        else:
+            due = known.begun[index] or {known.written[index]}
+        assert there <= due, f"block {index} is {there}, not {due}"
+        assert block.written == (there != {0})
+
+
+def check_and_finish(kind: Kind, folder: Path, old: Known, new: Known, *, reset: bool, keeps: bool) -> None:
+    """Go on with what a killed process left: nothing is lost, nothing in the way, and in the end nothing left."""
+    check_what_is_seen(kind, folder, old, new)
+    path = folder / kind.name
+    found: bs.BlockArray | None = None
+    with contextlib.suppress(FileNotFoundError), bs.open_array(path, mode="r") as y:
+        if new.is_created:
+            check_what_is_written(kind, y, new, reset=reset) if y.chunks == kind.chunks else None
+    with contextlib.suppress(FileNotFoundError):
+        found = bs.open_array(path)
+    was_created = found is not None
+    if found is None:
+        assert not new.is_created
+        assert not any(old.public.values()), "what was to be replaced is gone, and so is what was to replace it"
+        found = kind.create(folder)
+    elif new.is_created or not old.is_created:
+        if found.chunks == kind.chunks:  # a finished .npy has forgotten its blocks
+            check_what_is_written(kind, found, new, reset=reset)
+        else:
+            assert all(new.durable.values()) or all(new.written.values())
+    elif found.chunks == kind.chunks and found.written.any():
+        check_what_is_written(kind, found, old, reset=reset)
+    with found as x:
+        x.fill(lambda a, block: np.copyto(a, 7))
+        x[: x.chunks[0]] = 8
+        x.publish()
+        x[...] = 9
+    found = None
+    assert np.all(bs.open_array(path, mode="r")[...] == 9)
+    left = {name for name in names(folder) if not (keeps and name.endswith(".journal"))}
+    if _os.PORTABLE:  # where each new file has a name for a moment, which docs/durability.md owns up to
+        left = {name for name in left if not Path(name).match(".blockstore-*.tmp")}
+    if was_created and not new.is_created:
+        left = {name for name in left if not name.startswith(".x.zarr.new/")}  # which the next to create it removes
+    clean = {kind.path_of(file) for file in kind.files}
+    assert left == (clean if kind.name == "x.npy" else {*clean, "x.zarr/zarr.json"})
+
+
+def _note(said: list[list[str]], line: str) -> None:
+    said.append(line.split())
+
+
+def _life_name(value: Any) -> str:
+    return "nothing before" if value is None else value.__name__.replace("_", " ")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="what is killed here is forked")
+@pytest.mark.parametrize("name", ["npy", "zarr of two files"])
+@pytest.mark.parametrize(("before", "life"), LIVES, ids=_life_name)
+def test_a_process_that_is_killed_at_any_call_loses_nothing_and_leaves_nothing_in_the_way(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    before: Callable[[Life], bs.BlockArray] | None,
+    life: Callable[[Life], None],
+) -> None:
+    monkeypatch.setattr(_disk, "filesystem", lambda file: "ext4")
+    kind = SMALL[name]
+    if name == "npy" and before is finished_before:
+        kind = kind._replace(chunks=kind.shape)  # it has forgotten its blocks, and takes itself for one
+    for last in itertools.count():
+        monkeypatch.setenv(BOOT, "A")
+        folder = Path(tempfile.mkdtemp(prefix="blockstore-killed-", dir=MEMORY))
+        try:
+            old, new = Known(kind), Known(kind)
+            said: list[list[str]] = []
+            if before is not None:
+                kill(before(Life(kind, folder, partial(_note, said))), folder)
+                old.hear(kind, said)
+                if life not in (replaces, replaces_in_parts):
+                    new.hear(kind, said)
+            said, is_through = live_until(last, kind, folder, life)
+            new.hear(kind, said)
+            reset = last % 2 == 1
+            if reset:
+                monkeypatch.setenv(BOOT, "B")
+            check_and_finish(kind, folder, old, new, reset=reset, keeps=life is keeps_its_journal)
+        except BaseException as error:
+            error.add_note(f"killed before call {last}, {'reset' if last % 2 else 'not reset'}; it had said {said}")
+            raise
+        finally:
+            shutil.rmtree(folder)
+        if is_through:
+            break
+    assert last > 1
+
+
+def _journals_are_removed_before_the_rename(patch: pytest.MonkeyPatch) -> None:
+    rename = publishing._rename
+
+    def tidy_and_rename(each: Shard) -> None:
+        working.unlink(sidecar.path_of(working_of(each.path)))
+        rename(each)
+
+    patch.setattr(publishing, "_rename", tidy_and_rename)
+
+
+def _flushes_are_not_recorded(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Ledger, "_say_durable", lambda self, journal, below: None)
+
+
+def _what_is_moved_aside_is_not_put_back(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_os, "exchange", lambda a, b: False)
+    patch.setattr(creation, "_recover", lambda target: None)
+
+
+def _the_draft_goes_before_the_working_file(patch: pytest.MonkeyPatch) -> None:
+    rename = publishing._rename
+
+    def undraft_and_rename(each: Shard) -> None:
+        working.unlink(draft_of(each.plan.path))
+        rename(each)
+
+    patch.setattr(publishing, "_rename", undraft_and_rename)
+
+
+def _a_partial_publication_is_not_marked(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(publishing, "_mark", lambda each: None)
+
+
+def _a_file_that_has_both_names_is_taken_for_a_working_one(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Shard, "_is_linked", lambda self, work: False)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="what is killed here is forked")
+@pytest.mark.parametrize(
+    ("plant", "name", "before", "life"),
+    [
+        (_journals_are_removed_before_the_rename, "zarr", None, closes),
+        (_flushes_are_not_recorded, "npy", None, fills_and_flushes),
+        (_what_is_moved_aside_is_not_put_back, "zarr", finished_before, replaces),
+        (_the_draft_goes_before_the_working_file, "npy", None, publishes),
+        (_a_partial_publication_is_not_marked, "npy", None, publishes_in_parts),
+        (_a_file_that_has_both_names_is_taken_for_a_working_one, "npy", None, publishes),
+    ],
+    ids=lambda value: value if isinstance(value, str) else _life_name(value).strip(),
+)
+def test_a_process_that_is_killed_at_any_call_shows(
+    monkeypatch: pytest.MonkeyPatch,
+    plant: Callable[[pytest.MonkeyPatch], None],
+    name: str,
+    before: Callable[[Life], bs.BlockArray] | None,
+    life: Callable[[Life], None],
+) -> None:
+    plant(monkeypatch)
+
+    with pytest.raises((AssertionError, ValueError, OSError)):
+        test_a_process_that_is_killed_at_any_call_loses_nothing_and_leaves_nothing_in_the_way(
+            monkeypatch, name, before, life
         )

@@ -214,6 +214,7 @@ LAYERS = [
     "_os",
     "_disk",
     "_cache",
+    "writeback",
     "views",
     "mapped",
     "records",
