@@ -189,7 +189,8 @@ class Files:
     def _close_all(self) -> None:
         with contextlib.ExitStack() as stack:
             for shard in self.known():
-                stack.callback(shard.close)
+                if shard.is_open:
+                    stack.callback(shard.close)
 
     def _announce(self) -> None:
         """See to it that there is a draft, before a working file is made."""

@@ -37,6 +37,7 @@ from blockstore.views import Loan
 from blockstore.working import clear_leftovers, copy_published, make_folders, tidy, unlink
 
 _NEVER = np.int64(2**63 - 1)
+_PIECE = 1 << 16
 
 
 class Shard:
@@ -126,7 +127,17 @@ class Shard:
     def pending(self) -> Iterator[int]:
         """Iterate over the numbers of blocks that are not written."""
         self.find()
-        return iter(range(self.layout.count) if self._sequences is None else np.flatnonzero(~self.written()).tolist())
+        if self._sequences is None:
+            yield from range(self.layout.count)
+            return
+        pending = np.flatnonzero(~self.written())
+        for first in range(0, len(pending), _PIECE):
+            yield from pending[first : first + _PIECE].tolist()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a file open."""
+        return self.store is not None or self._published is not None
 
     def durable(self) -> NDArray[np.bool_]:
         """Return which blocks survive a power loss, in order of their numbers."""

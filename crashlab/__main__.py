@@ -2,6 +2,9 @@
 
 Each part prints one line, and what it found; the exit code is 1 if it found anything, or missed a planted bug. Parts
 that need root, or programs that are not there, say so and are skipped, with exit code 0 unless ``--strict``.
+
+``arrays`` kills processes that fill arrays, and compares what the last one leaves with an uninterrupted run, byte for
+byte. ``readers`` polls arrays with zarr-python, tensorstore and NumPy meanwhile, and plants bugs that it must see.
 """
 
 import argparse
@@ -45,8 +48,8 @@ def _array_kills(full: int) -> list[object]:
 def _readers(full: int) -> list[object]:
     """Let readers poll, and plant what they must notice."""
     with _folder() as folder:
-        rounds = 10 // full
-        return [readers.run(folder, rounds=rounds, seeds=range(rounds), plants=tuple(readers.PLANTS), progress=_tell)]
+        rounds = 20 // full
+        return [readers.run(folder, rounds=rounds, seeds=range(10), plants=tuple(readers.PLANTS), progress=_tell)]
 
 
 def _faults(full: int) -> list[object]:

@@ -1,7 +1,7 @@
 """Readers: processes that poll an array while others fill, publish and rewrite it, are killed, and go on.
 
 Each reader is a process of its own, ``python -m crashlab.readers zarr`` say, that is told on its standard input which
-array to watch, and reads it with zarr-python, tensorstore or NumPy as fast as it can: whole and block by block, opened
+array to watch, and reads it with zarr-python, tensorstore or NumPy all the time: whole and block by block, opened
 anew each time and kept open. Of each value that it ever gets it expects what is final or the fill value; of a block,
 all or nothing; of what it has seen once, that it stays; of a file that it holds open, that no byte of it changes; and
 no error, ever. Writers fill each block with garbage first, and rewrite what is published with what it holds.
@@ -53,6 +53,8 @@ _LIVES = 12
 _THREADS = 2
 _DELAY = 0.04
 """Seconds in which a writer is killed."""
+_PAUSE = 0.001
+"""Seconds between two reads, so that whoever writes gets a processor, too."""
 _FINDINGS = 5
 """What a reader tells of one array; more would be more of the same."""
 
@@ -323,7 +325,7 @@ def serve(kind: str, commands: IO[str], answers: IO[str]) -> None:
     importlib.import_module(kind)
     print("ready", file=answers, flush=True)
     while True:
-        if reader is not None and not select.select([commands], [], [], 0)[0]:
+        if reader is not None and not select.select([commands], [], [], _PAUSE)[0]:
             reader.one()
             continue
         command, _, text = commands.readline().strip().partition(" ")
