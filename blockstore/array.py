@@ -33,6 +33,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from blockstore import fill, picture
 from blockstore.blocks import Block, BlockGrid
+from blockstore.errors import AlreadyWrittenError
 from blockstore.files import Files
 from blockstore.indexing import aligned, is_plain
 from blockstore.layouts.grid import Grid, Index
@@ -438,8 +439,12 @@ class BlockArray:
 def _fill_block(array: BlockArray, func: Callable[[NDArray[Any], Block], object], index: Index) -> int:
     """Fill one block, and return its bytes."""
     block = Block(array, index)
-    with block.writer() as a:
-        func(a, block)
+    try:
+        with block.writer() as a:
+            func(a, block)
+    except AlreadyWrittenError:
+        if not block.written:
+            raise  # it is func's own
     return block.nbytes
 
 

@@ -248,8 +248,11 @@ class Block:
 
     def __repr__(self) -> str:
         where = ", ".join(f"{part.start}:{part.stop}" for part in self.slices)
+        plan = self._array._files.plan
+        if plan.is_closed:
+            return f"<Block {self.index} = [{where}] of {plan.name!r}, closed>"
         shard, number = self._array._files.place(self.index)
-        return f"<Block {self.index} = [{where}] of {shard.plan.name!r}, {shard.state_of(number)}>"
+        return f"<Block {self.index} = [{where}] of {plan.name!r}, {shard.state_of(number)}>"
 
 
 class BlockGrid:

@@ -151,7 +151,8 @@ def create_array(
         names = None if dimension_names is None else tuple(dimension_names)
         metadata = Metadata(grid, fill, dict(attributes or {}), names, ShardIndex())
     text = None if fingerprint is None else canonical(fingerprint)
-    plan = Plan(target, grid, fill, metadata, "r+", options, reserve, checksum, keep_journal, overwrite, text)
+    flags = bool(keep_journal), bool(overwrite)
+    plan = Plan(target, grid, fill, metadata, "r+", options, bool(reserve), checksum, *flags, text)
     with _disk.folder_to_oneself(target):
         _recover(target)
         _clear(target, overwrite=overwrite)

@@ -32,6 +32,7 @@ from blockstore.layouts.shard_index import ShardIndex
 from blockstore.opening import make, reopen
 from blockstore.plan import Plan
 from blockstore.published import Published, read_npy, read_shard
+from blockstore.resume import peek
 from blockstore.store import BlockStore
 from blockstore.views import Loan
 from blockstore.working import clear_leftovers, copy_published, make_folders, tidy, unlink
@@ -384,7 +385,7 @@ class Shard:
             self._published = old = self._published or self.read_published()
         begin = None
         if old is not None and old.written.any():
-            begin = partial(copy_published, old, self.layout, self.sequences, plan.checksum)
+            begin = partial(copy_published, old, self.layout, self.sequences, plan.checksum, self._kept_checksums())
         store = make(
             work,
             self.total_nbytes,
@@ -408,6 +409,17 @@ class Shard:
             self.plan.keep_journal = True
             kept: Any = read_header(open_journal(name, writable=False), name).checksum
             self.plan.checksum = kept
+
+    def _kept_checksums(self) -> dict[tuple[int, int], int]:
+        """Return the checksums in the journal of the published file, if it was kept, by start and bytes of blocks."""
+        if not self.plan.keep_journal or self.plan.checksum is None or not is_journal(sidecar.path_of(self.path)):
+            return {}
+        file = _os.open_file(self.path, writable=False)
+        found = sidecar.find(self.path, file, writable=False, adopt=True)
+        if found is None or found.header.checksum != self.plan.checksum:
+            return {}
+        records = peek(found, 0)[["start", "nbytes", "checksum"]].tolist()
+        return {(start, nbytes): checksum for start, nbytes, checksum in records}
 
     @property
     def is_complete(self) -> bool:

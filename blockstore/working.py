@@ -85,18 +85,23 @@ def copy_published(
     layout: ShardLayout,
     sequences: NDArray[np.int64],
     checksum: ChecksumKind | None,
+    kept: dict[tuple[int, int], int],
     file: _os.File,
     journal: Journal,
 ) -> None:
-    """Give a new working file what is published, durably, under the numbers that it has in this session."""
+    """Give a new working file what is published, durably, under the numbers that it has in this session.
+
+    `kept` has the checksums of a journal that was kept, by start and bytes: what has changed since is not to be hidden.
+    """
     digest = None if checksum is None else checksum_function(checksum)
     for start, source in runs(old, layout):
         copy_bytes(file, start, source)
     _os.sync_file(file)
     for number in np.flatnonzero(old.written).tolist():
         start, nbytes = layout.extent(number)
-        kept = 0 if digest is None else digest(old.raw(number))
-        journal.append(WRITTEN, int(sequences[number]), start, start + nbytes, nbytes, number, kept)
+        if (value := kept.get((start, nbytes))) is None:
+            value = 0 if digest is None else digest(old.raw(number))
+        journal.append(WRITTEN, int(sequences[number]), start, start + nbytes, nbytes, number, value)
     above = int(sequences.max()) + 1
     journal.append(DURABLE, above, 0, above)
     journal.sync()

@@ -55,6 +55,8 @@ _DELAY = 0.04
 """Seconds in which a writer is killed."""
 _PAUSE = 0.001
 """Seconds between two reads, so that whoever writes gets a processor, too."""
+_SECONDS = 60
+"""Seconds after which a reader should long have answered."""
 _FINDINGS = 5
 """What a reader tells of one array; more would be more of the same."""
 
@@ -318,6 +320,7 @@ _READERS: dict[str, type[_Reader]] = {"zarr": _ZarrReader, "tensorstore": _Tenso
 def serve(kind: str, commands: IO[str], answers: IO[str]) -> None:
     """Do as told, line by line, and poll meanwhile.
 
+    Each command is answered before the next one is sent, so that none waits in a buffer where `select` does not see it.
     ``watch {...}`` begins with an array. ``every`` reads in every way, and ``stop`` does so for the last time: both
     answer with the counts and findings so far.
     """
@@ -338,6 +341,7 @@ def serve(kind: str, commands: IO[str], answers: IO[str]) -> None:
             }
             scene = Scene(**parts)
             reader = _READERS[kind](told["path"], scene, told["seed"])
+            print("ready", file=answers, flush=True)
         elif reader is not None:
             reader.every()
             watch = reader.watch
@@ -361,18 +365,21 @@ class _Process:
         )
 
     def wait(self) -> None:
-        """Wait until it can read."""
+        """Wait until it is ready."""
         if self._answer() != "ready":
-            raise RuntimeError(f"the reader {self.kind} did not start")
+            raise RuntimeError(f"the reader {self.kind} does not answer")
 
     def watch(self, path: str, scene: Scene, seed: int) -> None:
         """Let it poll an array."""
         self._say(f"watch {json.dumps({'path': path, 'scene': asdict(scene), 'seed': seed})}")
+        self.wait()
 
     def ask(self, command: str) -> dict[str, Any]:
         """Let it read in every way, and return what it has seen so far."""
         self._say(command)
-        seen: dict[str, Any] = json.loads(self._answer() or '{"reads": 0, "between": 0, "findings": ["it has ended"]}')
+        seen: dict[str, Any] = json.loads(
+            self._answer() or '{"reads": 0, "between": 0, "findings": ["does not answer"]}'
+        )
         return seen
 
     def end(self) -> None:
@@ -390,7 +397,11 @@ class _Process:
                 self._process.stdin.flush()
 
     def _answer(self) -> str:
-        return "" if self._process.stdout is None else self._process.stdout.readline().strip()
+        """Return a line; an empty one if it has ended, or hangs."""
+        answers = self._process.stdout
+        if answers is None or not select.select([answers], [], [], _SECONDS)[0]:
+            return ""
+        return answers.readline().strip()
 
 
 @contextlib.contextmanager

@@ -354,3 +354,34 @@ def made_by_whoever_comes(shard: Shard) -> np.ndarray[Any, Any]:
         time.sleep(0)  # so that others come in between for sure, and not once in a hundred times
         shard._sequences = made
     return made
+
+
+def test_what_is_merely_true_is_remembered_as_a_flag(path: Path) -> None:
+    x = bs.create_array(path, shape=(4,), dtype="i4", chunks=(2,), overwrite=1, reserve=0, keep_journal=1)  # type: ignore[arg-type]
+    x[0:2] = 1
+    x._files.close(publish=False)
+
+    with bs.open_array(path) as x:
+        assert x.written.tolist() == [True, False]
+
+
+def test_a_rewrite_of_one_block_does_not_hide_what_happened_to_another(path: Path) -> None:
+    with bs.create_array(path, shape=(64, 64), dtype="i4", chunks=(32, 64), checksum="crc32", keep_journal=True) as x:
+        x[:] = 1
+    file = path if path.suffix == ".npy" else path / "c/0/0"
+    with open(file, "r+b") as opened:
+        opened.seek(4096 + 5)
+        opened.write(b"!")
+    with bs.open_array(path) as x:
+        assert x.verify().tolist() == [[0, 0]]
+        if path.suffix == ".zarr":  # an .npy does not remember its blocks
+            x[32:64] = 2
+    with bs.open_array(path, mode="r") as x:
+        assert x.verify().tolist() == [[0, 0]]
+
+
+def test_a_block_of_a_closed_array_can_be_shown(x: bs.BlockArray) -> None:
+    block = x.blocks[0, 0]
+    x.close()
+
+    assert repr(block) == f"<Block (0, 0) = [0:4, 0:6] of {Path(x.path).name!r}, closed>"

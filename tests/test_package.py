@@ -338,7 +338,7 @@ def test_a_module_is_short_enough_to_be_read_at_once(module: str) -> None:
     assert len(SOURCES[module].splitlines()) <= LONGER.get(module, 420)
 
 
-LONGER = {"store": 475, "array": 475, "dask": 485, "shard": 480}
+LONGER = {"store": 475, "array": 475, "dask": 485, "shard": 495}
 """One noun each, and a third of it docstrings."""
 
 
