@@ -379,7 +379,7 @@ class ArrayMachine(RuleBasedStateMachine):
             a[...] = data[block.index]
 
         try:
-            assert self.x.fill(fill, workers=1 if self.evicts else 2, flush_every=None) == len(pending)
+            assert self.x.fill(fill, workers=2, flush_every=None) == len(pending)
         except bs.FillError as error:
             assert all(isinstance(each, ZeroDivisionError) for each in error.exceptions)  # noqa: PT017
             assert failing
