@@ -8,7 +8,8 @@ DEV := $(VENV)-dev/bin
 PYTEST := -m pytest -m "not slow" -p no:cacheprovider
 # What knows no system call is not run again on plain maps.
 PLAIN := $(foreach name,layouts_grid layouts_npy layouts_zarr crc32c indexing picture compatibility foreign large \
-	package fill records checksums alignment readme demo dask,--ignore=tests/test_$(name).py)
+	package fill records checksums alignment readme demo dask \
+	array_reading array_machine crash_arrays crash_fuzz allocators examples,--ignore=tests/test_$(name).py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-optimized test-crash test-all compat lint format clean

@@ -315,10 +315,16 @@ def nameless(directory: str) -> Iterator[tuple[File, str | None]]:
         yield file, name
 
 
-def publish(file: File, name: str | None, path: str, directory: str, *, overwrite: bool) -> None:
-    """Give the new file its name for good: `link` never replaces, `replace` does so in one step."""
+def publish(
+    file: File, name: str | None, path: str, directory: str, *, overwrite: bool, temporary: str | None = None
+) -> None:
+    """Give the new file its name for good: `link` never replaces, `replace` does so in one step.
+
+    A file without a name that is to replace another one has a `temporary` one for a moment, which must be free; by
+    default a random one.
+    """
     if overwrite:
-        temporary = name or _temporary(directory)
+        temporary = name or temporary or _temporary(directory)
         with removed_on_error(temporary, file):
             if name is None:
                 _link(file, None, temporary)

@@ -37,6 +37,11 @@ def path_of(path: str) -> str:
     return f"{path}.journal"
 
 
+def temporary_of(path: str) -> str:
+    """Return the name that a journal has for a moment which is about to replace another one; nobody believes it."""
+    return f"{path}.journal.tmp"
+
+
 def _fresh(path: str) -> str:
     return f"{path}.journal.new"
 
@@ -160,9 +165,10 @@ def replacing(path: str, identity: tuple[int, ...], header: Header, epoch: int, 
                         errno.ESTALE, "the file was renamed or replaced, so its journal stays", path
                     )
                 check_replaceable(path)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(_fresh(path))
-                _os.publish(file, name, path_of(path), directory, overwrite=True)
+                for left in (_fresh(path), temporary_of(path)):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(left)
+                _os.publish(file, name, path_of(path), directory, overwrite=True, temporary=temporary_of(path))
 
         def is_in_place() -> bool:
             return is_file(path_of(path), _os.identity(file))

@@ -53,7 +53,8 @@ def runs(source: Published, layout: ShardLayout) -> Iterator[tuple[int, NDArray[
 def clear_leftovers(path: str) -> None:
     """Remove what interrupted steps leave beside the file of an array that has no working file."""
     work = working_of(path)
-    for name in (sidecar.path_of(work), f"{sidecar.path_of(work)}.new", copy_of(path)):
+    journal = sidecar.path_of(work)
+    for name in (journal, f"{journal}.new", sidecar.temporary_of(work), copy_of(path)):
         unlink(name)
 
 
