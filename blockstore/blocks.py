@@ -186,7 +186,8 @@ class Block:
         context manager
             ``with b.writer() as a:`` binds `a` to a `numpy.ndarray` of the block's shape and dtype, which holds the
             fill value, on the file's memory map: C-ordered, or strided at an edge of a Zarr array. A clean exit makes
-            `a` read-only and the block written; if the body raises, the block is as if nobody had been there.
+            `a` read-only and the block written. If the body raises, the block is pending, also one that was written
+            before; what is published of it stays published.
 
         Raises
         ------
@@ -274,7 +275,9 @@ class BlockGrid:
     def __getitem__(self, key: int | tuple[int, ...]) -> Block:
         items = key if isinstance(key, tuple) else (key,)
         if len(items) != len(self.shape):
-            raise IndexError(f"a block is named by {len(self.shape)} ints, one for each axis, not by {key!r}")
+            whole = ", ".join([*map(str, items), *["0"] * (len(self.shape) - len(items))])
+            hint = f", such as blocks[{whole}]" if len(items) < len(self.shape) else ""
+            raise IndexError(f"a block is named by one int for each of {len(self.shape)} axes{hint}: {key!r} was given")
         index = []
         for axis, (item, n) in enumerate(zip(items, self.shape, strict=True)):
             try:

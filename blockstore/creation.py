@@ -39,7 +39,7 @@ from blockstore.layouts.values import check_dtype, check_fill_value
 from blockstore.layouts.zarr import Metadata, encode_metadata
 from blockstore.opening import StrPath, absolute
 from blockstore.options import Access, Escaped, Guard, Options, choice
-from blockstore.plan import Plan, draft_from
+from blockstore.plan import Plan, draft_from, folder_of
 from blockstore.views import check_shape
 from blockstore.working import clear_leftovers
 
@@ -89,11 +89,12 @@ def create_array(
     fingerprint : optional
         The settings that the content depends on, as JSON can say them. `open_array` refuses to go on with others.
     overwrite : bool
-        Replace what is there: an ``.npy`` when the new one is published, a Zarr array at once; and what is unfinished.
+        Replace what is there: an ``.npy`` when the new one is published, a Zarr array at once, with all that is in its
+        folder; and what is unfinished.
     reserve : bool
         Reserve the space on the disk, so that a full one is an `OSError` and not a SIGBUS: for an array of one file
-        now, else for each file when its first block is written. A file in which nothing is written gives its space back
-        when the array is closed.
+        now, else for each file when its first block is written; there has to be enough for all of them now. A file in
+        which nothing is written gives its space back when the array is closed.
     access, guard, escaped
         As in `create`; "dense" here, since blocks are written whole.
     checksum : {"crc32", "crc32c", "xxh3"}, optional
@@ -279,6 +280,10 @@ def _clear(target: str, *, overwrite: bool) -> None:
     if os.path.lexists(target) and os.path.isdir(target) == npy:
         kind = "a folder" if npy else "a file"
         raise FileExistsError(errno.EEXIST, f"this is {kind}: move it away, or pass another path", target)
+    if not npy and os.path.lexists(target) and not is_array(target) and os.listdir(target):
+        raise FileExistsError(
+            errno.EEXIST, "the folder is not empty, and no Zarr array: move it away, or pass another path", target
+        )
     if os.path.lexists(draft):
         is_lost = npy and not os.path.lexists(target) and not os.path.lexists(working_of(target))
         if not overwrite and not is_lost:
@@ -292,10 +297,6 @@ def _clear(target: str, *, overwrite: bool) -> None:
         for name in (draft, working_of(target), mark_of(target)):
             _unlink(name)
         clear_leftovers(target)
-    elif os.path.lexists(target) and not is_array(target) and os.listdir(target):
-        raise FileExistsError(
-            errno.EEXIST, "the folder is not empty, and no Zarr array: move it away, or pass another path", target
-        )
 
 
 def _create_npy(plan: Plan) -> BlockArray:
@@ -337,6 +338,7 @@ def _create_zarr(plan: Plan) -> BlockArray:
             os.rename(new, target)
             undo.callback(shutil.rmtree, target, ignore_errors=True)
         _os.sync_directory(parent)
+        plan.folder = folder_of(target)
         array = BlockArray(Files(plan, lock_draft(draft_of(target), target)))
         undo.callback(array._files.close, publish=False)
         if math.prod(plan.grid.files) == 1:
@@ -370,7 +372,12 @@ def _check_space(folder: str, nbytes: int, path: str) -> None:
     if hasattr(os, "statvfs"):
         disk = os.statvfs(folder)
         if nbytes > (free := disk.f_bfree * disk.f_frsize):
-            raise OSError(errno.ENOSPC, f"cannot reserve {nbytes} bytes: the disk has {free} bytes left", path)
+            raise OSError(
+                errno.ENOSPC,
+                f"cannot reserve {nbytes} bytes: the disk has {free} bytes left; reserve=False makes sparse files, and "
+                "a full disk a SIGBUS",
+                path,
+            )
 
 
 def _write(path: str, data: bytes) -> None:

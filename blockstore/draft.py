@@ -47,7 +47,7 @@ def working_of(path: str) -> str:
 
 
 def mark_of(path: str) -> str:
-    """Return the name of an empty file that says that the ``.npy`` at `path` is incomplete, and to be replaced."""
+    """Return the name of an empty file that says that the ``.npy`` at `path` is of this array, and to be replaced."""
     return f"{working_of(path)}.partial"
 
 

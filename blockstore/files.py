@@ -173,7 +173,6 @@ class Files:
                 if publish and plan.mode == "r+":
                     self.publish(partial=False, closing=True)
         finally:
-            plan.is_closed = True
             lock, self._lock = self._lock, None
             if lock is not None:
                 lock.release()
@@ -187,6 +186,7 @@ class Files:
         return self.known()
 
     def _close_all(self) -> None:
+        self.plan.is_closed = True  # nobody begins anything any more
         with contextlib.ExitStack() as stack:
             for shard in self.known():
                 if shard.is_open:
@@ -202,7 +202,9 @@ class Files:
         """Remove the draft, if everything is published."""
         if self._lock is None or not all(shard.is_complete and shard.is_published for shard in self.all()):
             return
-        with self._guard:
+        with self._guard:  # whoever has begun to write since has said so in the shard, and waits here to announce it
+            if any(shard.kind in ("working", "unknown") for shard in self._shards.values()):
+                return
             lock, self._lock = self._lock, None
             if lock is not None:
                 for shard in self._shards.values():

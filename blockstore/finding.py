@@ -17,7 +17,7 @@ from blockstore.layouts.shard_index import ShardIndex
 from blockstore.layouts.values import check_dtype
 from blockstore.layouts.zarr import MAX_METADATA_NBYTES, Metadata, decode_metadata
 from blockstore.options import Options
-from blockstore.plan import Plan
+from blockstore.plan import Plan, folder_of
 from blockstore.published import read_header
 from blockstore.views import check_shape
 
@@ -59,6 +59,7 @@ def _is_writable(dtype: np.dtype[Any]) -> bool:
 
 
 def plan_of_zarr(target: str, draft: Draft | None, mode: Literal["r", "r+"], options: Options) -> Plan:
+    folder = folder_of(target)
     try:
         metadata = decode_metadata(_read_metadata(target), os.path.join(target, METADATA))
     except (FileNotFoundError, NotADirectoryError):
@@ -68,7 +69,9 @@ def plan_of_zarr(target: str, draft: Draft | None, mode: Literal["r", "r+"], opt
         raise FormatError(
             f"{target!r} was made by something else, in a layout that blockstore does not write: mode='r' reads it"
         )
-    return _plan(target, metadata.grid, metadata.fill_value, metadata, mode, options, draft)
+    plan = _plan(target, metadata.grid, metadata.fill_value, metadata, mode, options, draft)
+    plan.folder = folder
+    return plan
 
 
 def _plan(

@@ -69,6 +69,8 @@ class Plan:
     """Held to change `opened`."""
     whole: NDArray[Any] | None = None
     """All of an array that is one published file, complete and regular; None if it is not, or not known to be."""
+    folder: tuple[int, int] | None = None
+    """Device and inode of a Zarr array's folder, as it was opened."""
     nonce: str = field(default_factory=lambda: secrets.token_hex(8))
     """What no other opening of the array has."""
     fill_is_zero: bool = field(init=False)
@@ -98,6 +100,13 @@ class Plan:
         if self.is_closed:
             raise ClosedStoreError(f"the array {self.path!r} is closed")
 
+    def check_same(self) -> None:
+        """Raise `OSError` (``ESTALE``) if the folder of a Zarr array is not the one that was opened."""
+        if self.folder is not None and folder_of(self.path) != self.folder:
+            raise OSError(
+                errno.ESTALE, "the array was replaced by another one since it was opened: open it again", self.path
+            )
+
     def use(self, shard: Resting) -> None:
         """Note that a shard has a file open and is being used; close others if there are too many."""
         with self.lock:
@@ -106,6 +115,15 @@ class Plan:
             others = [] if len(self.opened) <= OPEN_FILES else list(self.opened)[: len(self.opened) - OPEN_FILES]
         for other in others:
             other.rest()
+
+
+def folder_of(path: str) -> tuple[int, int] | None:
+    """Return what names a folder; None if there is none."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def draft_from(plan: Plan) -> Draft:

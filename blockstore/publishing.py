@@ -1,7 +1,8 @@
 """Publishing: how the working file of a shard gets its final name, and what is there if that is interrupted.
 
-Flush, write what makes it a file of the format, sync, rename, and only then remove the journal: at each instant either
-the working file and its journal tell what is written, or the published file does.
+Write what makes it a file of the format, flush, rename, and only then remove the journal: at each instant either the
+working file and its journal tell what is written, or the published file does. From the moment in which the working file
+is closed the shard knows nothing by itself, so that after an error or Ctrl-C it is the disk that says what there is.
 """
 
 import os
@@ -17,7 +18,7 @@ from blockstore.layouts.npy import encode_header
 from blockstore.layouts.shard_index import encode_index
 from blockstore.published import Published
 from blockstore.shard import Shard
-from blockstore.working import copy_bytes, runs, tidy, unlink
+from blockstore.working import copy_bytes, mark, runs, tidy, unlink
 
 
 def publish(shard: Shard, *, closing: bool = False) -> None:
@@ -42,31 +43,21 @@ def publish(shard: Shard, *, closing: bool = False) -> None:
         if busy and not closing:
             at = int(np.searchsorted(shard.layout.starts(), busy[0]))
             raise WriterBusyError(f"cannot publish {shard.plan.name!r}: block {shard.block_index(at)} is being written")
-        if (number := _lacking(shard, shard.written())) is not None:
+        if (number := shard.lacking()) is not None:
             if closing:
                 return
             raise NotWrittenError(
                 f"cannot publish {shard.plan.name!r}: block {shard.block_index(number)} is published, and not written "
                 "since a rewrite of it began: a reader would lose it"
             )
-        store._mapped.cut_off()
         file = store._mapped.file
         for offset, text in _frame(shard, shard.written()):
             _os.put_at(file, text, offset)
         if store.flush() == 0:  # which may have found nothing to do
             store.sync()
-        store.close()
-        shard.store = None
+        shard.leave_working()
         _rename(shard)
         shard.become_published()
-
-
-def _lacking(shard: Shard, written: NDArray[np.bool_]) -> int | None:
-    """Return the number of a block that is published, but not written now, if there is one."""
-    if written.all() or not os.path.lexists(shard.path):
-        return None
-    lacking = np.flatnonzero(shard.read_published().written & ~written)
-    return int(lacking[0]) if len(lacking) else None
 
 
 def _frame(shard: Shard, written: NDArray[np.bool_]) -> Iterator[tuple[int, bytes]]:
@@ -127,7 +118,7 @@ def snapshot(shard: Shard) -> None:
             unlink(copy_of(shard.path))
             _os.publish(file, name, copy_of(shard.path), directory, overwrite=False)
         os.replace(copy_of(shard.path), shard.path)
-        _mark(shard)  # only now where another file was replaced
+        mark(shard.path)  # only now where another file was replaced
         _os.sync_directory(directory)
 
 
@@ -145,11 +136,6 @@ def _own_name(shard: Shard) -> None:
     if not os.path.lexists(mark_of(shard.path)):
         if os.path.lexists(shard.path):
             raise _os.exists(shard.path)
-        _mark(shard)
+        mark(shard.path)
         _os.sync_directory(os.path.dirname(shard.path))
     shard.plan.replaces = True
-
-
-def _mark(shard: Shard) -> None:
-    """Say that what is under the final name, if anything, is an incomplete copy of this array."""
-    os.close(os.open(mark_of(shard.path), os.O_CREAT | os.O_WRONLY, 0o666))

@@ -9,9 +9,9 @@ of an ``.npy`` file, its being there. Offsets are bytes in the file; blocks are 
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,22 +26,27 @@ from blockstore.errors import (
     LayoutError,
     NotRegularFileError,
 )
-from blockstore.journal import is_journal, open_journal, read_header
-from blockstore.layouts.grid import Index, ShardLayout
+from blockstore.journal import is_journal
+from blockstore.layouts.grid import Index
 from blockstore.layouts.shard_index import ShardIndex
 from blockstore.opening import make, reopen
 from blockstore.plan import Plan
 from blockstore.published import Published, read_npy, read_shard
-from blockstore.resume import peek
+from blockstore.states import BlockStates
 from blockstore.store import BlockStore
 from blockstore.views import Loan
-from blockstore.working import clear_leftovers, copy_published, make_folders, tidy, unlink
+from blockstore.working import (
+    clear_leftovers,
+    copy_published,
+    kept_checksum,
+    make_folders,
+    mark,
+    tidy,
+    unlink,
+)
 
-_NEVER = np.int64(2**63 - 1)
-_PIECE = 1 << 16
 
-
-class Shard:
+class Shard(BlockStates):
     """One file of an array. Safe to share among threads.
 
     Attributes
@@ -50,12 +55,6 @@ class Shard:
         Held while the file changes from one kind to another, and for a moment to begin a write.
     store : BlockStore or None
         The working file, if it is open.
-    sequences : ndarray of int64, shape (count,)
-        The number under which the journal has each block, -1 of one that is not written.
-    touched : ndarray of bool, shape (count,)
-        Of the working file: whether a block may have other bytes than zeros.
-    kind : {"unknown", "none", "working", "published"}
-        What there is of the shard.
     escaped : dict of int to Loan
         What was lent of a block and is still held by somebody.
     handed : dict
@@ -63,89 +62,15 @@ class Shard:
     """
 
     def __init__(self, plan: Plan, index: Index, path: str, announce: Callable[[], None]) -> None:
-        self.plan = plan
+        super().__init__(plan, index)
         self._announce = announce  # says that the array is being written, before a working file is made
-        self.index = index
         self.path = path
-        self.layout: ShardLayout = plan.grid.shard(index, npy=plan.metadata is None)
         self.lock: Any = threading.RLock()
         self.store: BlockStore | None = None
         self.escaped: dict[int, Loan] = {}
         self.handed: dict[int, None] = {}
-        self._ledger: Any = None
+        self._leaving: BlockStore | None = None  # a working file that is being closed for good
         self._published: Published | None = None
-        self.kind: Literal["unknown", "none", "working", "published"] = "unknown"
-        self._sequences: NDArray[np.int64] | None = None
-        self._touched: NDArray[np.bool_] | None = None
-        self._missing = self.layout.count
-
-    # -- what is written ------------------------------------------------------------------------------
-
-    @property
-    def sequences(self) -> NDArray[np.int64]:
-        """The number under which the journal has each block, -1 of one that is not written."""
-        if self._sequences is None:
-            self._sequences = np.full(self.layout.count, -1, np.int64)
-        return self._sequences
-
-    @property
-    def touched(self) -> NDArray[np.bool_]:
-        """Whether a block of the working file may have other bytes than zeros."""
-        if self._touched is None:
-            self._touched = np.zeros(self.layout.count, np.bool_)
-        return self._touched
-
-    def note(self, number: int, sequence: int | None) -> None:
-        """Remember under which number a block is in the journal, if at all. The ledger's lock is held."""
-        sequences = self.sequences
-        had, has = sequences[number] >= 0, sequence is not None
-        sequences[number] = -1 if sequence is None else sequence
-        self._missing += int(had) - int(has)
-        if self._missing == 0 and not had:
-            self.plan.completed.append(self)
-
-    def is_written(self, number: int) -> bool:
-        """Whether a block is written."""
-        self.find()
-        if self._sequences is None:
-            return False
-        return 0 <= int(self._sequences[number]) < self._void_from()
-
-    def written(self) -> NDArray[np.bool_]:
-        """Return which blocks are written, in order of their numbers: a copy, or a read-only constant."""
-        self.find()
-        if self._sequences is None:
-            return np.broadcast_to(np.False_, self.layout.count)
-        return np.asarray((self._sequences >= 0) & (self._sequences < self._void_from()))
-
-    def counts(self) -> tuple[int, int]:
-        """Return how many blocks are written, and how many of these are durable."""
-        self.find()
-        if self._sequences is None:
-            return 0, 0
-        return int(np.count_nonzero(self.written())), int(np.count_nonzero(self.durable()))
-
-    def pending(self) -> Iterator[int]:
-        """Iterate over the numbers of blocks that are not written."""
-        self.find()
-        if self._sequences is None:
-            yield from range(self.layout.count)
-            return
-        pending = np.flatnonzero(~self.written())
-        for first in range(0, len(pending), _PIECE):
-            yield from pending[first : first + _PIECE].tolist()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it has a file open."""
-        return self.store is not None or self._published is not None
-
-    def durable(self) -> NDArray[np.bool_]:
-        """Return which blocks survive a power loss, in order of their numbers."""
-        written = self.written()
-        if self._sequences is None or self.kind == "published" or self._ledger is None:
-            return written
-        return np.asarray(written & (self._sequences < min(self._ledger.durable_below, _NEVER)))
 
     def state_of(self, number: int) -> str:
         """Return what a block is, for who reads it."""
@@ -166,13 +91,10 @@ class Shard:
             return frozen.stamp
         return self.plan.nonce, self._missing, None if self._ledger is None else self._ledger._next
 
-    def block_index(self, number: int) -> Index:
-        """Return where a block lies in the array's grid of blocks."""
-        first = self.plan.grid.shard_blocks(self.index)
-        return tuple(part.start + i for part, i in zip(first, self.layout.inner(number), strict=True))
-
-    def _void_from(self) -> int:
-        return int(_NEVER) if self._ledger is None else min(self._ledger.void_from, int(_NEVER))
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a file open."""
+        return self.store is not None or self._published is not None or self._leaving is not None
 
     # -- reading --------------------------------------------------------------------------------------
 
@@ -249,12 +171,15 @@ class Shard:
             if self.kind != "unknown":
                 return
             self.plan.refuse_closed()
+            self._leave()
             work = working_of(self.path) if self.plan.is_begun else ""
             for _ in range(3):  # somebody else may be publishing it right now
                 try:
                     if work and os.path.lexists(work) and not self._is_linked(work):
                         self.open_working()
-                        return
+                        if self.plan.mode == "r+" or self.lacking() is None:
+                            return
+                        self._step_back()
                     self._published = published = self.read_published()
                 except FileNotFoundError:
                     continue
@@ -269,6 +194,7 @@ class Shard:
                     tidy(self.plan, self.path)  # whoever published it was interrupted
                 self.plan.use(self)
                 return
+            self.plan.check_same()
             for name in (work, self.path):
                 if name and os.path.lexists(name):
                     raise FormatError(f"{name!r} is a link to nothing, or changes all the time")
@@ -289,7 +215,26 @@ class Shard:
         """Map the published file, and check it."""
         if (metadata := self.plan.metadata) is None:
             return read_npy(self.path, self.layout)
-        return read_shard(self.path, self.layout, metadata, self.plan.grid.per_shard)
+        published = read_shard(self.path, self.layout, metadata, self.plan.grid.per_shard)
+        self.plan.check_same()
+        return published
+
+    def lacking(self) -> int | None:
+        """Return the number of a block that is published of this array, but not written now, if there is one."""
+        written = self.written()
+        if written.all() or not os.path.lexists(self.path):
+            return None
+        if self.plan.metadata is None and not self.plan.rewrites:
+            return None
+        lacking = np.flatnonzero(self.read_published().written & ~written)
+        return int(lacking[0]) if len(lacking) else None
+
+    def _step_back(self) -> None:
+        """Leave a working file from which something published is missing: who only reads sees what is published."""
+        store, self.store = self.store, None
+        self._sequences = self._touched = self._ledger = None
+        if store is not None:
+            store.close()
 
     def _believe(self, published: Published) -> None:
         """Take over what a published file says is written."""
@@ -301,6 +246,7 @@ class Shard:
     def open_working(self) -> None:
         """Open the working file that is there, and believe its journal. The lock is held."""
         work, layout = working_of(self.path), self.layout
+        self.plan.check_same()
         try:
             store = reopen(work, self.plan.options, self.plan.mode, adopt=self.plan.adopt, blocks=True)
         except (LayoutError, NotRegularFileError) as error:
@@ -371,21 +317,25 @@ class Shard:
 
     def begin(self, *, announced: bool = False) -> None:
         """Make the working file: with what was published, if anything, or of zeros. The lock is held."""
-        plan, work = self.plan, working_of(self.path)
+        plan, work, was_published = self.plan, working_of(self.path), self.kind == "published"
         plan.whole = None
-        if self.kind == "published":
-            self._keep_as_before()
+        if was_published:
+            plan.checksum = plan.checksum or kept_checksum(self.path)
+            plan.keep_journal = plan.keep_journal or is_journal(sidecar.path_of(self.path))
+        self.kind = "unknown"  # before it is announced, and until it is there: whatever comes in between, the disk says
         if not announced:
             self._announce()
         make_folders(os.path.dirname(work), plan.path)
         unlink(work)  # which a creation was killed with
         clear_leftovers(self.path)
         old = None
-        if self.kind == "published":
+        if was_published:
             self._published = old = self._published or self.read_published()
+            if plan.metadata is None:
+                mark(self.path)
         begin = None
         if old is not None and old.written.any():
-            begin = partial(copy_published, old, self.layout, self.sequences, plan.checksum, self._kept_checksums())
+            begin = partial(copy_published, old, self.layout, self.sequences, plan.checksum, self.path)
         store = make(
             work,
             self.total_nbytes,
@@ -398,34 +348,9 @@ class Shard:
             sequence=int(self.sequences.max()) + 2 if begin else 0,
         )
         store._quiet = True
-        self.store, self._ledger, self._published = store, store._ledger, None
+        self._ledger, self._published = store._ledger, None
         self._touched = None if old is None else old.written.copy()
-        self.kind = "working"
-
-    def _keep_as_before(self) -> None:
-        """Go on with the checksums of a finished file whose journal was kept."""
-        name = sidecar.path_of(self.path)
-        if self.plan.checksum is None and is_journal(name):
-            self.plan.keep_journal = True
-            kept: Any = read_header(open_journal(name, writable=False), name).checksum
-            self.plan.checksum = kept
-
-    def _kept_checksums(self) -> dict[tuple[int, int], int]:
-        """Return the checksums in the journal of the published file, if it was kept, by start and bytes of blocks."""
-        if not self.plan.keep_journal or self.plan.checksum is None or not is_journal(sidecar.path_of(self.path)):
-            return {}
-        file = _os.open_file(self.path, writable=False)
-        found = sidecar.find(self.path, file, writable=False, adopt=True)
-        if found is None or found.header.checksum != self.plan.checksum:
-            return {}
-        records = peek(found, 0)[["start", "nbytes", "checksum"]].tolist()
-        return {(start, nbytes): checksum for start, nbytes, checksum in records}
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every block is written."""
-        self.find()
-        return self._missing == 0 and (self._ledger is None or self._ledger.void_from > int(_NEVER))
+        self.kind, self.store = "working", store
 
     @property
     def is_published(self) -> bool:
@@ -433,10 +358,27 @@ class Shard:
         self.find()
         return self.kind != "working"
 
+    def leave_working(self) -> None:
+        """Close the working file for good, and cut off what is lent of it. The lock is held.
+
+        From the first step on the disk says what there is of the shard; `become_published` saves looking.
+        """
+        self._leaving, self.kind, self.store = self.store, "unknown", None
+        self._leave()
+
+    def _leave(self) -> None:
+        if (store := self._leaving) is not None:
+            try:
+                store._mapped.cut_off()
+            finally:
+                store.close()
+                self.escaped.clear()
+                self._leaving = None
+
     def become_published(self) -> None:
         """Note that the working file, which is closed, has its final name. The lock is held."""
-        self.kind, self._ledger, self._touched = "published", None, None
-        self.escaped.clear()
+        self._ledger = self._touched = None
+        self.kind = "published"
 
     def flush(self) -> int:
         """Make what is written durable; return how many blocks that made so."""
@@ -470,6 +412,7 @@ class Shard:
     def close(self) -> None:
         """Flush and close the file, and leave it where it is."""
         with self.lock:
+            self._leave()
             store, self.store, self._published, self.plan.whole = self.store, None, None, None
             if store is not None:
                 store.close()

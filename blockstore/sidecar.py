@@ -151,7 +151,7 @@ def replacing(path: str, identity: tuple[int, ...], header: Header, epoch: int, 
     with contextlib.ExitStack() as stack:
         try:
             file, name = stack.enter_context(_os.nameless(directory))
-            _keep_access(file, path_of(path))
+            keep_access(file, path_of(path))
             journal = Journal.create(file, header, epoch, count)
         except OSError as error:
             raise JournalSpaceError(
@@ -190,7 +190,7 @@ def is_file(path: str, identity: tuple[int, ...]) -> bool:
     return (status.st_dev, status.st_ino) == identity[:2]
 
 
-def _keep_access(file: _os.File, old: str) -> None:
+def keep_access(file: _os.File, old: str) -> None:
     """Give a new file the mode and, as far as that is allowed, the owner of the one that it will replace."""
     if hasattr(os, "fchown"):
         with contextlib.suppress(FileNotFoundError, PermissionError):

@@ -6,6 +6,7 @@ Offsets are bytes in a file. This module knows files by name, and nothing of how
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +14,12 @@ from numpy.typing import NDArray
 from blockstore import _os, sidecar
 from blockstore.checksums import ChecksumKind, checksum_function
 from blockstore.draft import copy_of, mark_of, working_of
-from blockstore.journal import Journal, is_journal
+from blockstore.journal import Journal, is_journal, open_journal, read_header
 from blockstore.layouts.grid import ShardLayout
 from blockstore.plan import Plan
 from blockstore.published import Published
 from blockstore.records import DURABLE, WRITTEN
+from blockstore.resume import peek
 
 _COPY_NBYTES = 1 << 26
 
@@ -50,11 +52,16 @@ def runs(source: Published, layout: ShardLayout) -> Iterator[tuple[int, NDArray[
         yield start, source.frozen[start : stop + nbytes]
 
 
+def mark(path: str) -> None:
+    """Say that the ``.npy`` under the final name, if there is one, is of this array, and to be replaced."""
+    os.close(os.open(mark_of(path), os.O_CREAT | os.O_WRONLY, 0o666))
+
+
 def clear_leftovers(path: str) -> None:
     """Remove what interrupted steps leave beside the file of an array that has no working file."""
     work = working_of(path)
     journal = sidecar.path_of(work)
-    for name in (journal, f"{journal}.new", sidecar.temporary_of(work), copy_of(path)):
+    for name in (journal, f"{journal}.new", sidecar.temporary_of(work), copy_of(path), mark_of(path)):
         unlink(name)
 
 
@@ -86,17 +93,18 @@ def copy_published(
     layout: ShardLayout,
     sequences: NDArray[np.int64],
     checksum: ChecksumKind | None,
-    kept: dict[tuple[int, int], int],
+    path: str,
     file: _os.File,
     journal: Journal,
 ) -> None:
     """Give a new working file what is published, durably, under the numbers that it has in this session.
 
-    `kept` has the checksums of a journal that was kept, by start and bytes: what has changed since is not to be hidden.
+    The checksums of a journal that was kept are kept: what has changed since is not to be hidden.
     """
-    digest = None if checksum is None else checksum_function(checksum)
+    digest, kept = None if checksum is None else checksum_function(checksum), _kept_checksums(path, checksum)
     for start, source in runs(old, layout):
         copy_bytes(file, start, source)
+    sidecar.keep_access(file, path)
     _os.sync_file(file)
     for number in np.flatnonzero(old.written).tolist():
         start, nbytes = layout.extent(number)
@@ -106,3 +114,18 @@ def copy_published(
     above = int(sequences.max()) + 1
     journal.append(DURABLE, above, 0, above)
     journal.sync()
+
+
+def kept_checksum(path: str) -> Any:
+    """Return the kind of checksum in the journal of a published file; None if none was kept."""
+    name = sidecar.path_of(path)
+    return read_header(open_journal(name, writable=False), name).checksum if is_journal(name) else None
+
+
+def _kept_checksums(path: str, kind: ChecksumKind | None) -> dict[tuple[int, int], int]:
+    """Return the checksums of a kind in the journal of a published file, by start and bytes of the blocks."""
+    if kind is None or kept_checksum(path) != kind:
+        return {}
+    found = sidecar.find(path, _os.open_file(path, writable=False), writable=False, adopt=True)
+    records = [] if found is None else peek(found, 0)[["start", "nbytes", "checksum"]].tolist()
+    return {(start, nbytes): checksum for start, nbytes, checksum in records}

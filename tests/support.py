@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -80,6 +80,33 @@ def in_threads(count: int, call: Callable[[int], T]) -> list[T]:
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(begin, range(count)))
+
+
+def interrupt_at(moment: int, call: Callable[[], object], within: Container[str] | None = None) -> bool:
+    """Call something, and raise KeyboardInterrupt at one of the moments in it; return whether it came.
+
+    Moments are those where Python handles signals: as a function begins, and behind each call of C. Only those in the
+    files `within` count, if these are given.
+    """
+    left = moment
+
+    def profile(frame: Any, event: str, argument: object) -> None:
+        nonlocal left
+        if event in ("call", "c_return") and (within is None or frame.f_code.co_filename in within):
+            left -= 1
+            if left == -1:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(before)
+    return False
 
 
 class Uses(NamedTuple):

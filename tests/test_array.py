@@ -205,8 +205,8 @@ def test_publishing_takes_nothing_away_that_is_published(tmp_path: Path) -> None
         x.publish()
     x.close()
     del a
-    with bs.open_array(path, mode="r") as y:
-        assert y.written.tolist() == [[False], [True], [True]]
+    with bs.open_array(path, mode="r") as y:  # sees what is published, as zarr does
+        assert y.written.tolist() == [[True], [True], [False]]
     assert zarr_values(path) == [1] * 8 + [0] * 2
 
     with bs.open_array(path) as x:
@@ -385,3 +385,54 @@ def test_a_block_of_a_closed_array_can_be_shown(x: bs.BlockArray) -> None:
     x.close()
 
     assert repr(block) == f"<Block (0, 0) = [0:4, 0:6] of {Path(x.path).name!r}, closed>"
+
+
+def test_a_reader_is_told_that_the_array_was_replaced(tmp_path: Path) -> None:
+    def create(dtype: str) -> bs.BlockArray:
+        return bs.create_array(
+            tmp_path / "x.zarr", shape=(4, 10), dtype=dtype, chunks=(1, 10), shards=(1, 10), overwrite=True
+        )
+
+    with create("f8") as x:
+        x[:] = 1.5
+    with bs.open_array(tmp_path / "x.zarr", mode="r") as y:
+        assert float(y[0, 0]) == 1.5
+        with create("i8") as x:
+            x[:] = 3
+        assert float(y[0, 0]) == 1.5
+        with pytest.raises(OSError, match="replaced by another one since it was opened: open it again"):
+            y[1, 0]
+
+
+def test_who_only_reads_sees_what_is_published_of_a_block_that_is_rewritten(path: Path) -> None:
+    with bs.create_array(path, shape=(4, 6), dtype="i4", chunks=(2, 6)) as x:
+        x[:] = 7
+    x = bs.open_array(path)
+    with x.blocks[0, 0].writer(rewrite=True) as a:
+        a[:] = 8
+        with bs.open_array(path, mode="r") as y:
+            assert np.all(y[:] == 7)
+            assert y.written.all()
+    x.close()
+    with bs.open_array(path, mode="r") as y:
+        assert int(y[0, 0]) == 8
+
+
+@pytest.mark.skipif(not hasattr(os, "fchmod"), reason="there are no such permissions")
+def test_a_file_that_is_written_again_keeps_its_permissions(path: Path) -> None:
+    file = path if path.suffix == ".npy" else path / "c/0/0"
+    with bs.create_array(path, shape=(4, 6), dtype="i4") as x:
+        x[:] = 7
+    file.chmod(0o660)
+    with bs.open_array(path) as x:
+        x[:] = 8
+
+    assert file.stat().st_mode & 0o777 == 0o660
+
+
+def test_a_block_that_is_named_by_too_few_ints_says_how(tmp_path: Path) -> None:
+    with (
+        bs.create_array(tmp_path / "x.zarr", shape=(4, 6, 5), dtype="i4", chunks=(1, 6, 5)) as x,
+        pytest.raises(IndexError, match=r"for each of 3 axes, such as blocks\[3, 0, 0\]: 3 was given"),
+    ):
+        x.blocks[3]

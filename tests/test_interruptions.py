@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import PORTABLE
+from support import PORTABLE, interrupt_at
 
 import blockstore as bs
 from blockstore import _os, ledger, sidecar
@@ -237,26 +237,3 @@ def test_an_interrupt_anywhere_in_a_revocation_leaves_range_and_journal_of_one_m
             if not interrupted:
                 break
     assert 5 < moment < 99
-
-
-def interrupt_at(moment: int, call: Callable[[], object]) -> bool:
-    """Call something, and raise KeyboardInterrupt at one of the moments in it; return whether it came."""
-    left = moment
-
-    def profile(frame: Any, event: str, argument: object) -> None:
-        nonlocal left
-        if event in ("call", "c_return"):
-            left -= 1
-            if left == -1:
-                sys.setprofile(None)
-                raise KeyboardInterrupt
-
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.setprofile(before)
-    return False

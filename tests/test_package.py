@@ -246,6 +246,7 @@ LAYERS = [
     "draft",
     "plan",
     "published",
+    "states",
     "working",
     "shard",
     "publishing",
@@ -338,7 +339,7 @@ def test_a_module_is_short_enough_to_be_read_at_once(module: str) -> None:
     assert len(SOURCES[module].splitlines()) <= LONGER.get(module, 420)
 
 
-LONGER = {"store": 475, "array": 475, "dask": 485, "shard": 495}
+LONGER = {"store": 475, "array": 475, "dask": 485, "shard": 440}
 """One noun each, and a third of it docstrings."""
 
 
