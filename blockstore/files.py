@@ -21,7 +21,7 @@ from blockstore.layouts.grid import Index
 from blockstore.plan import Plan, start_draft
 from blockstore.publishing import publish, snapshot
 from blockstore.shard import Shard
-from blockstore.working import clear_leftovers
+from blockstore.working import clear_leftovers, unlink
 
 _MANY_BLOCKS = 1 << 32
 _MANY_FILES = 1000
@@ -173,9 +173,7 @@ class Files:
                 if publish and plan.mode == "r+":
                     self.publish(partial=False, closing=True)
         finally:
-            lock, self._lock = self._lock, None
-            if lock is not None:
-                lock.release()
+            self._let_go()
 
     def _unfinished(self) -> list[Shard]:
         """Return the shards that may have a working file: of this session, and of an earlier one that was killed."""
@@ -195,8 +193,10 @@ class Files:
     def _announce(self) -> None:
         """See to it that there is a draft, before a working file is made."""
         with self._guard:
-            if self._lock is None:
+            if self._lock is None or not os.path.lexists(draft_of(self.plan.path)):  # Ctrl-C as the draft was ended
+                self._let_go()
                 self._lock = start_draft(self.plan)
+            self.plan.is_begun = True
 
     def _end_draft(self) -> None:
         """Remove the draft, if everything is published."""
@@ -205,11 +205,14 @@ class Files:
         with self._guard:  # whoever has begun to write since has said so in the shard, and waits here to announce it
             if any(shard.kind in ("working", "unknown") for shard in self._shards.values()):
                 return
-            lock, self._lock = self._lock, None
-            if lock is not None:
-                for shard in self._shards.values():
-                    clear_leftovers(shard.path)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(draft_of(self.plan.path))
-                self.plan.is_begun = False
-                lock.release()
+            for shard in self._shards.values():
+                clear_leftovers(shard.path)
+            self.plan.is_begun = False
+            unlink(draft_of(self.plan.path))
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Let others write the array."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()

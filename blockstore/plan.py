@@ -152,5 +152,4 @@ def start_draft(plan: Plan) -> FileLock:
         raise OSError(
             errno.ESTALE, "somebody else has begun to write the array since it was opened: open it again", plan.path
         ) from None
-    plan.is_begun = True
     return lock
